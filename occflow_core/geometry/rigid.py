@@ -1,0 +1,79 @@
+"""4x4 rigid motions, named `a_from_b`: they take the coordinates of a point in b to its coordinates in a.
+
+Quaternions enter and leave here only. Poses are float64 until they become relative: map coordinates are too large
+for float32 (at 2 km one float32 step is 0.1 mm, and a product of three such poses is off by centimetres).
+"""
+
+import torch
+from pyquaternion import Quaternion
+from torch import Tensor
+
+
+def from_quaternion(wxyz, translation) -> Tensor:
+    """The (4, 4) float64 motion of a quaternion (w, x, y, z) and a translation (3,) in metres.
+
+    The quaternion need not be of unit length. ValueError when it is zero or anything is not finite.
+    """
+    wxyz, translation = [float(v) for v in wxyz], [float(v) for v in translation]
+    numbers = torch.tensor(wxyz + translation, dtype=torch.float64)
+    if numbers.shape != (7,) or not torch.isfinite(numbers).all() or not numbers[:4].abs().max() > 1e-9:
+        raise ValueError(
+            f"a pose needs a finite, non-zero quaternion (w x y z) and a finite translation, got {wxyz} and {translation}"
+        )
+    a_from_b = torch.eye(4, dtype=torch.float64)
+    a_from_b[:3, :3] = torch.from_numpy(Quaternion(wxyz).normalised.rotation_matrix)
+    a_from_b[:3, 3] = numbers[4:]
+    return a_from_b
+
+
+def to_quaternion(a_from_b: Tensor) -> tuple[list[float], list[float]]:
+    """Quaternion (w, x, y, z), w >= 0, and translation (x, y, z) of one (4, 4) motion."""
+    matrix = a_from_b.detach().to("cpu", torch.float64)
+    rotation, _ = closest_rotation(matrix[:3, :3])  # the door of pyquaternion is stricter than float32 can be
+    quaternion = Quaternion(matrix=rotation.numpy(), rtol=1e-6, atol=1e-6)
+    if quaternion.w < 0:
+        quaternion = -quaternion
+    return [float(v) for v in quaternion.elements], [float(v) for v in matrix[:3, 3]]
+
+
+def closest_rotation(matrix: Tensor) -> tuple[Tensor, float]:
+    """The rotation nearest to a (3, 3) matrix, and the largest entry by which they differ."""
+    u, _, v = torch.linalg.svd(matrix)
+    sign = torch.diag(torch.tensor([1.0, 1.0, torch.sign(torch.linalg.det(u @ v)).item()], dtype=matrix.dtype))
+    rotation = u @ sign @ v
+    return rotation, float((rotation - matrix).abs().max())
+
+
+def inverse(a_from_b: Tensor) -> Tensor:
+    """b_from_a of rigid motions (..., 4, 4), exactly: the rotation is transposed, not inverted."""
+    rotation, shift = a_from_b[..., :3, :3], a_from_b[..., :3, 3:]
+    upper = torch.cat([rotation.mT, -rotation.mT @ shift], dim=-1)
+    return torch.cat([upper, a_from_b[..., 3:, :]], dim=-2)
+
+
+def apply(a_from_b: Tensor, points: Tensor) -> Tensor:
+    """Points (..., P, 3) in b, given in a, for motions (..., 4, 4) whose leading axes broadcast with the points'."""
+    return points @ a_from_b[..., :3, :3].mT + a_from_b[..., None, :3, 3]
+
+
+def interpolate(first: Tensor, last: Tensor, fraction: float) -> Tensor:
+    """The (4, 4) float64 motion between two: translation linear, rotation by slerp the short way (as TF does)."""
+    q0, p0 = to_quaternion(first)
+    q1, p1 = to_quaternion(last)
+    between = Quaternion.slerp(Quaternion(q0), Quaternion(q1), amount=fraction)
+    return from_quaternion(between.elements, [a + (b - a) * fraction for a, b in zip(p0, p1, strict=True)])
+
+
+def is_rigid(a_from_b: Tensor, tolerance: float = 1e-3) -> bool:
+    """Finite, last row 0 0 0 1, and a proper rotation within the tolerance."""
+    matrix = a_from_b.to(torch.float64)
+    if matrix.shape[-2:] != (4, 4) or not torch.isfinite(matrix).all():
+        return False
+    rotation = matrix[..., :3, :3]
+    eye = torch.eye(3, dtype=torch.float64, device=matrix.device)
+    last_row = matrix.new_tensor([0.0, 0.0, 0.0, 1.0])
+    return bool(
+        ((rotation @ rotation.mT - eye).abs() < tolerance).all()
+        and (torch.linalg.det(rotation) > 0).all()
+        and ((matrix[..., 3, :] - last_row).abs() < 1e-9).all()
+    )
