@@ -1,0 +1,222 @@
+"""Images of many cameras -> sets -> Frames, or the reason why not. No rclpy: everything here runs anywhere.
+
+The collector keeps a few open sets, each known by its reference time r = stamp - offset of its camera. An image joins
+the nearest open set within the tolerance, or opens one. A set leaves when it is complete, when its deadline has passed
+(by the caller's steady clock), or when a younger set completes; it leaves with a hole for each camera that is missing.
+Unlike `message_filters.ApproximateTimeSynchronizer` a dead camera makes the sets partial, not silent, and two sweeps
+are never mixed. The cost of an image is O(open sets).
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from occflow_core.geometry import Cameras, rigid
+from occflow_core.types import NANO, Frame
+
+OPEN_SETS = 3  # more would mean that images arrive three periods late: such sets have passed their deadline
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """What the cameras saw of one instant; a hole (None) for each camera that said nothing."""
+
+    pictures: tuple[Any | None, ...]  # what was given to `add`, in camera order
+    stamps: tuple[int | None, ...]  # ns, each camera's own
+    lap: int  # counts clock jumps: sets of different laps do not follow each other
+
+    @property
+    def stamp(self) -> int:
+        """The reference stamp: that of the newest image, ns."""
+        return max(stamp for stamp in self.stamps if stamp is not None)
+
+    @property
+    def complete(self) -> bool:
+        return None not in self.pictures
+
+    def without(self, camera: int) -> "ImageSet":
+        """The same set after an image turned out to be unusable."""
+        pictures, stamps = list(self.pictures), list(self.stamps)
+        pictures[camera] = stamps[camera] = None
+        return replace(self, pictures=tuple(pictures), stamps=tuple(stamps))
+
+
+@dataclass
+class _Open:
+    reference: int  # ns, r of the image that opened the set
+    deadline: float  # s, steady clock
+    pictures: dict[int, Any]
+    stamps: dict[int, int]
+
+
+class Collector:
+    """Puts images of `cameras` cameras into sets. One caller at a time; the caller brings the steady clock."""
+
+    def __init__(
+        self,
+        cameras: int,
+        period: float,  # s between two images of one camera
+        offsets: Sequence[float] | None = None,  # s, one a camera: stamp - offset is equal within a set
+        deadline: float = 0.12,  # s after its first image, by the steady clock, a set leaves as it is
+        tolerance: float = 0.4,  # of the period: how far an image may be from the set's reference
+        min_cameras: int = 1,  # sets with fewer images are dropped and counted
+        jump: float = 1.0,  # s: a stamp that goes back by more means that the clock was turned back
+    ):
+        offsets = [0.0] * cameras if offsets is None else list(offsets)
+        if cameras < 1 or len(offsets) != cameras or not 1 <= min_cameras <= cameras or period <= 0 or deadline <= 0:
+            raise ValueError(
+                f"a collector needs cameras >= 1 (got {cameras}), an offset for each (got {len(offsets)}), "
+                f"1 <= min_cameras <= cameras (got {min_cameras}), and period and deadline > 0 (got {period}, {deadline})"
+            )
+        self.cameras, self.min_cameras, self.deadline = cameras, min_cameras, deadline
+        self.offsets = [round(offset * NANO) for offset in offsets]
+        self.tolerance, self.jump = round(tolerance * period * NANO), round(jump * NANO)
+        self.lap = 0
+        self.dropped: Counter[tuple[int | None, str]] = Counter()  # (camera or None for whole sets, reason) -> count
+        self._open: list[_Open] = []  # oldest reference first
+        self._newest: list[int | None] = [None] * cameras  # newest stamp seen, each camera
+        self._left: int | None = None  # reference of the youngest set that has left
+        self._latest: int | None = None  # youngest reference seen
+
+    def add(self, camera: int, stamp: int, picture: Any, now: float) -> list[ImageSet]:
+        """Takes one image (stamp ns; now s, steady); gives the sets that leave because of it, oldest first."""
+        reference = stamp - self.offsets[camera]
+        if stamp <= 0:
+            return self._drop(camera, "no stamp")
+        if self._latest is not None and reference < self._latest - self.jump:
+            self.clear()
+        if stamp == self._newest[camera]:
+            return self._drop(camera, "same stamp again")
+        if self._left is not None and reference <= self._left + self.tolerance:
+            return self._drop(camera, "late")
+        self._latest = reference if self._latest is None else max(self._latest, reference)
+        newest = self._newest[camera]
+        self._newest[camera] = stamp if newest is None else max(newest, stamp)
+        home = min(self._open, key=lambda s: abs(s.reference - reference), default=None)
+        if home is None or abs(home.reference - reference) > self.tolerance:
+            home = _Open(reference, now + self.deadline, {}, {})
+            self._open.append(home)
+            self._open.sort(key=lambda s: s.reference)
+        elif camera in home.pictures:
+            return self._drop(camera, "second image of a set")
+        home.pictures[camera], home.stamps[camera] = picture, stamp
+        if len(home.pictures) == self.cameras:
+            return self._leave(lambda s: s.reference <= home.reference)
+        if len(self._open) > OPEN_SETS:
+            return self._leave(lambda s: s is self._open[0])
+        return []
+
+    def poll(self, now: float) -> list[ImageSet]:
+        """Gives the sets whose deadline has passed; older sets leave with them, so that order is kept."""
+        due = [s.reference for s in self._open if s.deadline <= now]
+        return self._leave(lambda s: s.reference <= max(due)) if due else []
+
+    def clear(self) -> None:
+        """Forgets all open sets: the clock was turned back, or somebody asked for it. A new lap begins."""
+        for waiting in self._open:
+            for camera in waiting.pictures:
+                self.dropped[camera, "clock jump"] += 1
+        self.lap += 1
+        self._open, self._newest, self._left, self._latest = [], [None] * self.cameras, None, None
+
+    def _drop(self, camera: int, reason: str) -> list[ImageSet]:
+        self.dropped[camera, reason] += 1
+        return []
+
+    def _leave(self, goes: Callable[[_Open], bool]) -> list[ImageSet]:
+        leaving = [s for s in self._open if goes(s)]
+        self._open = [s for s in self._open if not goes(s)]
+        sets = []
+        for s in leaving:
+            self._left = s.reference if self._left is None else max(self._left, s.reference)
+            if len(s.pictures) < self.min_cameras:
+                self.dropped[None, "too few cameras"] += 1
+                for camera in s.pictures:
+                    self.dropped[camera, "set had too few cameras"] += 1
+                continue
+            sets.append(
+                ImageSet(
+                    tuple(s.pictures.get(i) for i in range(self.cameras)),
+                    tuple(s.stamps.get(i) for i in range(self.cameras)),
+                    self.lap,
+                )
+            )
+        return sets
+
+
+class Mailbox:
+    """One place between the callbacks and the worker: the newest set wins, so latency cannot grow."""
+
+    def __init__(self):
+        self._condition = threading.Condition()
+        self._letter: Any | None = None
+        self._closed = False
+
+    def put(self, letter: Any) -> Any | None:
+        """Leaves a letter; gives back the one that nobody had taken, or None."""
+        with self._condition:
+            before, self._letter = self._letter, letter
+            self._condition.notify()
+            return before
+
+    def take(self) -> Any | None:
+        """Waits for a letter; None when the mailbox was closed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._letter is not None or self._closed)
+            letter, self._letter = self._letter, None
+            return None if self._closed else letter
+
+    def close(self) -> None:
+        with self._condition:
+            self._closed, self._letter = True, None
+            self._condition.notify_all()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One camera's picture size and intrinsics, as its CameraInfo gave them."""
+
+    pixels_from_camera: np.ndarray  # (3, 3) float64
+    height: int
+    width: int
+    optical_frame: str  # TF name
+
+
+def frame_of(
+    images: ImageSet,
+    names: Sequence[str],
+    pictures: np.ndarray,  # (N, H, W, 3) uint8 RGB, black where there is no image
+    calibrations: Sequence[Calibration | None],  # may be None where there is no image
+    mounts: Sequence[torch.Tensor | None],  # base_from_camera at each camera's stamp
+    poses: Sequence[torch.Tensor | None],  # world_from_base at each camera's stamp
+    world_from_car: torch.Tensor,  # (4, 4) float64 at the set's stamp
+) -> Frame:
+    """The Frame of a set whose pictures are decoded and whose transforms are known.
+
+    Each camera's `car_from_camera` gets the car's motion between its own stamp and the set's. A camera without an
+    image has no calibration that anybody may look at: `used` says so, its matrices are placeholders.
+    """
+    used = torch.tensor([picture is not None for picture in images.pictures])
+    intrinsics, extrinsics = [], []
+    for here, calibration, base_from_camera, world_from_base in zip(used, calibrations, mounts, poses, strict=True):
+        if here:
+            intrinsics.append(torch.from_numpy(calibration.pixels_from_camera).double())
+            extrinsics.append(rigid.inverse(world_from_car) @ world_from_base @ base_from_camera)
+        else:
+            intrinsics.append(torch.eye(3, dtype=torch.float64))
+            extrinsics.append(torch.eye(4, dtype=torch.float64))
+    return Frame(
+        images=torch.from_numpy(pictures).permute(0, 3, 1, 2),
+        cameras=Cameras(torch.stack(intrinsics), torch.stack(extrinsics), pictures.shape[1], pictures.shape[2]),
+        used=used,
+        stamps=torch.tensor([images.stamp if s is None else s for s in images.stamps]),
+        stamp=images.stamp,
+        world_from_car=world_from_car,
+        drive=f"lap {images.lap}",
+        names=tuple(names),
+    )

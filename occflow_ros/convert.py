@@ -1,0 +1,280 @@
+"""ROS messages <-> arrays. Nothing is decided here, and nothing is decoded before it was checked.
+
+Message classes are imported inside the functions that fill them, so that the checks and decoders run without ROS.
+Byte fields are filled with `array.array`: rclpy walks any other sequence element by element.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from occflow_core import voxelflow
+from occflow_core.geometry import rigid
+from occflow_core.types import NANO, Prediction
+
+from .assemble import Calibration
+
+# encoding -> (bytes a pixel, how its channels become RGB)
+RAW_ENCODINGS = {
+    "rgb8": (3, (0, 1, 2)),
+    "bgr8": (3, (2, 1, 0)),
+    "rgba8": (4, (0, 1, 2)),
+    "bgra8": (4, (2, 1, 0)),
+    "mono8": (1, (0, 0, 0)),
+}
+LARGEST = 16384  # pixels along one side: beyond it a header is broken, not a camera better
+
+
+class Refused(ValueError):
+    """A message that cannot be used; the text says what came and what was expected."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image as it came: checked, not decoded."""
+
+    data: np.ndarray  # (bytes,) uint8, a view of the message's memory
+    encoding: str  # of RAW_ENCODINGS, "jpeg" or "png"
+    height: int  # pixels
+    width: int  # pixels
+    step: int  # bytes a row; 0 where compressed
+
+    def decode_into(self, out: np.ndarray) -> None:
+        """Writes RGB into `out` (H, W, 3) uint8. Refused when the bytes are not a whole picture of that size."""
+        if self.encoding == "jpeg":
+            _decode_jpeg(self.data, out)
+        elif self.encoding == "png":
+            _decode_png(self.data, out)
+        else:
+            depth, order = RAW_ENCODINGS[self.encoding]
+            rows = self.data[: self.step * self.height].reshape(self.height, self.step)
+            np.take(rows[:, : self.width * depth].reshape(self.height, self.width, depth), order, axis=2, out=out)
+
+
+def nanoseconds(stamp) -> int:
+    """builtin_interfaces/Time -> int ns."""
+    return stamp.sec * NANO + stamp.nanosec
+
+
+def time_message(stamp: int):
+    from builtin_interfaces.msg import Time
+
+    return Time(sec=stamp // NANO, nanosec=stamp % NANO)
+
+
+def raw_picture(message) -> Picture:
+    """sensor_msgs/Image -> Picture. Refused naming encoding, size or step when they do not fit each other."""
+    encoding = message.encoding.lower()
+    if encoding not in RAW_ENCODINGS:
+        raise Refused(f"encoding {message.encoding!r}, expected one of {', '.join(RAW_ENCODINGS)}")
+    depth, _ = RAW_ENCODINGS[encoding]
+    height, width, step = message.height, message.width, message.step
+    if not (0 < height <= LARGEST and 0 < width <= LARGEST):
+        raise Refused(f"a picture of {width} x {height} pixels")
+    if step < width * depth:
+        raise Refused(f"step {step} bytes, but {width} pixels of {encoding} need {width * depth}")
+    data = np.frombuffer(message.data, np.uint8)
+    if data.size < step * (height - 1) + width * depth:
+        raise Refused(f"{data.size} bytes, but {height} rows of {step} bytes need {step * height}")
+    if data.size < step * height:  # the last row may come without its padding
+        data = np.concatenate([data, np.zeros(step * height - data.size, np.uint8)])
+    return Picture(data, encoding, height, width, step)
+
+
+def compressed_picture(message) -> Picture:
+    """sensor_msgs/CompressedImage -> Picture. The bytes decide, not `format`: drivers write many things there."""
+    data = np.frombuffer(message.data, np.uint8)
+    head = data[:8].tobytes()
+    if head[:2] == b"\xff\xd8":
+        import simplejpeg
+
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError as error:
+            raise Refused(f"a broken JPEG of {data.size} bytes ({error})") from None
+        encoding = "jpeg"
+    elif head == b"\x89PNG\r\n\x1a\n" and data.size > 24:
+        width, height = (int.from_bytes(data[i : i + 4].tobytes(), "big") for i in (16, 20))
+        encoding = "png"
+    else:
+        raise Refused(f"{data.size} bytes of format {message.format!r} that are neither JPEG nor PNG")
+    if not (0 < height <= LARGEST and 0 < width <= LARGEST):
+        raise Refused(f"a picture of {width} x {height} pixels")
+    return Picture(data, encoding, height, width, 0)
+
+
+def _decode_jpeg(data: np.ndarray, out: np.ndarray) -> None:
+    import simplejpeg
+
+    try:  # strict: OpenCV fills the lost part of a truncated JPEG with grey and says nothing
+        simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+    except ValueError as error:
+        raise Refused(f"a broken JPEG of {data.size} bytes ({error})") from None
+
+
+def _decode_png(data: np.ndarray, out: np.ndarray) -> None:
+    import cv2
+
+    picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    if picture is None or picture.shape != out.shape:
+        raise Refused(f"a broken PNG of {data.size} bytes")
+    cv2.cvtColor(picture, cv2.COLOR_BGR2RGB, dst=out)
+
+
+def calibration(message, rectified: bool) -> Calibration:
+    """sensor_msgs/CameraInfo -> Calibration. Refused, never guessed, when it does not describe a pinhole picture.
+
+    rectified: the images are already rectified, so P holds and D is history; else K holds and D must be zero.
+    """
+    if not (0 < message.height <= LARGEST and 0 < message.width <= LARGEST):
+        raise Refused(f"CameraInfo of {message.width} x {message.height} pixels")
+    if message.binning_x > 1 or message.binning_y > 1 or message.roi.width or message.roi.height:
+        raise Refused("CameraInfo with binning or a region of interest, expected that of the whole picture")
+    name, k = ("P", np.reshape(message.p, (3, 4))[:, :3]) if rectified else ("K", np.reshape(message.k, (3, 3)))
+    k = np.array(k, np.float64)
+    if not np.isfinite(k).all() or k[0, 0] <= 0 or k[1, 1] <= 0 or not np.allclose(k[2], (0, 0, 1)):
+        raise Refused(f"CameraInfo with {name} = {k.round(3).tolist()}, expected finite, positive focal lengths")
+    distortion = np.array(message.d, np.float64)
+    if not rectified and not (np.isfinite(distortion).all() and (distortion == 0).all()):
+        raise Refused(
+            f"CameraInfo with {message.distortion_model or 'unnamed'} distortion {distortion.round(4).tolist()}; give "
+            "rectified images and set the camera's `rectified` to true"
+        )
+    if not message.header.frame_id:
+        raise Refused("CameraInfo without a frame_id, expected the camera's optical frame")
+    return Calibration(k, message.height, message.width, message.header.frame_id.lstrip("/"))
+
+
+def transform(message) -> tuple[str, str, int, torch.Tensor]:
+    """geometry_msgs/TransformStamped -> parent, child, stamp ns, parent_from_child (4, 4) float64."""
+    q, t = message.transform.rotation, message.transform.translation
+    try:
+        parent_from_child = rigid.from_quaternion((q.w, q.x, q.y, q.z), (t.x, t.y, t.z))
+    except ValueError as error:
+        raise Refused(f"transform {message.header.frame_id} <- {message.child_frame_id}: {error}") from None
+    return message.header.frame_id, message.child_frame_id, nanoseconds(message.header.stamp), parent_from_child
+
+
+def voxel_flow(
+    prediction: Prediction,
+    stamp: int,  # ns
+    frame_id: str,
+    cameras: Sequence[str],
+    stamps: Sequence[int | None],  # ns, each camera's own; None: not used
+    model_name: str,
+    moving_speed: float,  # m/s
+):
+    """Prediction -> occflow_msgs/VoxelFlow."""
+    from occflow_msgs.msg import VoxelFlow
+
+    fields = voxelflow.pack(
+        prediction,
+        cameras,
+        [s is not None for s in stamps],
+        [None if s is None else (stamp - s) // 1000 for s in stamps],
+        model_name,
+        moving_speed,
+    )
+    message = VoxelFlow()
+    message.header.stamp, message.header.frame_id = time_message(stamp), frame_id
+    message.origin.position.x, message.origin.position.y, message.origin.position.z = prediction.grid.low
+    message.origin.orientation.w = 1.0
+    for name, value in fields.items():
+        fixed = name in ("voxel_size", "grid_size")
+        setattr(message, name, _array(value) if isinstance(value, np.ndarray) and not fixed else value)
+    return message
+
+
+POINT = np.dtype(
+    [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("rgb", "<u4"), ("vx", "<f4"), ("vy", "<f4"), ("confidence", "<f4")]
+    + [("class_id", "u1"), ("pad", "u1", 3)]
+)  # 32 bytes a point; `rgb` holds 0x00RRGGBB and is announced as FLOAT32, as PCL and RViz expect
+
+
+def points(prediction: Prediction, header):
+    """Filled voxels -> sensor_msgs/PointCloud2 at their centres: x y z, rgb, vx vy, confidence, class_id."""
+    from sensor_msgs.msg import PointCloud2, PointField
+
+    index, label, score, flow = (None if t is None else t.cpu().numpy() for t in prediction.sparse())
+    cloud = np.zeros(len(index), POINT)
+    centres = (index + 0.5) * np.asarray(prediction.grid.voxel) + np.asarray(prediction.grid.low)
+    for axis, name in enumerate("xyz"):
+        cloud[name] = centres[:, axis]
+    red, green, blue = np.asarray(prediction.classes.colours, np.uint32)[label].T
+    cloud["rgb"] = red << 16 | green << 8 | blue
+    cloud["class_id"], cloud["confidence"] = label, score
+    if flow is not None:
+        cloud["vx"], cloud["vy"] = flow[:, 0], flow[:, 1]
+    kinds = {"<f4": PointField.FLOAT32, "<u4": PointField.FLOAT32, "|u1": PointField.UINT8}
+    message = PointCloud2(header=header, height=1, width=len(cloud), is_bigendian=False, is_dense=True)
+    message.fields = [
+        PointField(name=name, offset=POINT.fields[name][1], datatype=kinds[POINT.fields[name][0].str], count=1)
+        for name in POINT.names
+        if name != "pad"
+    ]
+    message.point_step, message.row_step = POINT.itemsize, POINT.itemsize * len(cloud)
+    message.data = _array(cloud.view(np.uint8))
+    return message
+
+
+def markers(prediction: Prediction, header, moving_speed: float):
+    """Moving voxels as one list of cubes and their flow as one list of lines -> visualization_msgs/MarkerArray.
+
+    The moving ones only: RViz does not bear 20,000 cubes (ros2/rviz issue 631). A line is as long as the way of one
+    second, from the voxel's centre; its far end is bright.
+    """
+    from geometry_msgs.msg import Point
+    from std_msgs.msg import ColorRGBA
+    from visualization_msgs.msg import Marker, MarkerArray
+
+    cubes = Marker(header=header, ns="moving voxels", id=0, type=Marker.CUBE_LIST, action=Marker.ADD)
+    lines = Marker(header=header, ns="flow", id=1, type=Marker.LINE_LIST, action=Marker.ADD)
+    cubes.scale.x, cubes.scale.y, cubes.scale.z = (0.95 * edge for edge in prediction.grid.voxel)
+    lines.scale.x = 0.08
+    cubes.pose.orientation.w = lines.pose.orientation.w = 1.0
+    index, label, _, flow = (None if t is None else t.cpu().numpy() for t in prediction.sparse())
+    if flow is not None:
+        with np.errstate(invalid="ignore"):
+            moving = np.isin(label, prediction.classes.moving_ids) & (np.hypot(*flow.T) >= moving_speed)
+        centres = (index[moving] + 0.5) * np.asarray(prediction.grid.voxel) + np.asarray(prediction.grid.low)
+        for centre, velocity, name in zip(centres.tolist(), flow[moving].tolist(), label[moving], strict=True):
+            red, green, blue = (c / 255 for c in prediction.classes.colours[name])
+            start = Point(x=centre[0], y=centre[1], z=centre[2])
+            end = Point(x=centre[0] + velocity[0], y=centre[1] + velocity[1], z=centre[2])
+            cubes.points.append(start)
+            cubes.colors.append(ColorRGBA(r=red, g=green, b=blue, a=0.9))
+            lines.points.extend((start, end))
+            lines.colors.extend((ColorRGBA(r=0.2, g=0.2, b=0.2, a=1.0), ColorRGBA(r=1.0, g=1.0, b=0.0, a=1.0)))
+    if not cubes.points:  # RViz complains about empty lists; what was shown before must go
+        cubes.action = lines.action = Marker.DELETE
+    return MarkerArray(markers=[cubes, lines])
+
+
+def diagnostics(stamp: int, hardware: str, report):
+    """health.Status entries -> diagnostic_msgs/DiagnosticArray."""
+    from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+
+    message = DiagnosticArray()
+    message.header.stamp = time_message(stamp)
+    message.status = [
+        DiagnosticStatus(
+            level=bytes([status.level]),
+            name=status.name,
+            message=status.message,
+            hardware_id=hardware,
+            values=[KeyValue(key=key, value=str(value)) for key, value in status.values.items()],
+        )
+        for status in report
+    ]
+    return message
+
+
+def _array(values: np.ndarray) -> array:
+    """numpy -> array.array of the same type: the one sequence that rclpy takes without looking at each element."""
+    codes = {"uint8": "B", "uint32": "I", "int32": "i", "float32": "f"}
+    result = array(codes[values.dtype.name])
+    result.frombytes(np.ascontiguousarray(values).tobytes())
+    return result

@@ -1,0 +1,130 @@
+"""What the node knows about itself: rates, ages, drops by reason, latencies. No rclpy; the caller brings the clock.
+
+Thread-safe: callbacks and the worker both report here. Times are seconds of a steady clock, so that pauses, jumps and
+replay rates of the ROS clock do not look like faults.
+"""
+
+import threading
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+OK, WARN, ERROR, STALE = range(4)  # levels of diagnostic_msgs/DiagnosticStatus
+WINDOW = 300  # latest values kept for rates and percentiles
+
+
+@dataclass(frozen=True)
+class Status:
+    name: str
+    level: int
+    message: str
+    values: dict[str, object]
+
+
+class Health:
+    def __init__(self, cameras: Sequence[str], model_name: str, quiet: float = 2.0):  # s of silence that is a fault
+        self.cameras, self.model_name, self.quiet = tuple(cameras), model_name, quiet
+        self._lock = threading.Lock()
+        self._arrivals: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in cameras}
+        self._drops: dict[str, Counter[str]] = {name: Counter() for name in (*cameras, "sets")}
+        self._latest_drop: dict[str, str] = {}
+        self._news: dict[tuple[str, str], str] = {}
+        self._latencies: dict[str, deque[float]] = {}
+        self._counts: Counter[str] = Counter()
+        self._said: dict[str, float] = {}
+        self._served: float | None = None
+
+    def image(self, camera: str, now: float) -> None:
+        with self._lock:
+            self._arrivals[camera].append(now)
+
+    def dropped(self, what: str, reason: str, sentence: str = "") -> None:
+        """Counts a loss; `what` is a camera's name or "sets". The sentence, if any, is shown with the counts."""
+        with self._lock:
+            self._drops[what][reason] += 1
+            if sentence:
+                self._latest_drop[what] = self._news[what, reason] = sentence
+
+    def news(self) -> list[tuple[str, str]]:
+        """What was dropped since the last call: (what, sentence), one for each reason."""
+        with self._lock:
+            news, self._news = [(what, sentence) for (what, _), sentence in self._news.items()], {}
+            return news
+
+    def collected(self, drops: Counter) -> None:
+        """Takes over the collector's own counts, which are totals: (camera index or None, reason) -> count."""
+        with self._lock:
+            for (camera, reason), count in drops.items():
+                self._drops["sets" if camera is None else self.cameras[camera]][reason] = count
+
+    def count(self, what: str) -> None:
+        """One more of: sets complete, sets partial, sets skipped, messages out, clock jumps, ..."""
+        with self._lock:
+            self._counts[what] += 1
+
+    def took(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self._latencies.setdefault(stage, deque(maxlen=WINDOW)).append(seconds)
+
+    def served(self, now: float) -> None:
+        with self._lock:
+            self._counts["messages out"] += 1
+            self._served = now
+
+    def may_say(self, key: str, now: float, every: float = 5.0) -> bool:
+        """Throttle for log lines: true once per `every` seconds for a key."""
+        with self._lock:
+            if now - self._said.get(key, -every) < every:
+                return False
+            self._said[key] = now
+            return True
+
+    def latencies_ms(self) -> dict[str, dict[str, float]]:
+        """Stage -> p50, p95, p99 in ms over the latest window."""
+        with self._lock:
+            windows = {stage: np.array(values) * 1e3 for stage, values in self._latencies.items() if values}
+        return {
+            stage: {f"p{p}": round(float(np.percentile(values, p)), 2) for p in (50, 95, 99)}
+            for stage, values in windows.items()
+        }
+
+    def counts(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._counts)
+
+    def report(self, now: float) -> list[Status]:
+        """One status for the whole, one a camera."""
+        with self._lock:
+            statuses = [self._camera(name, now) for name in self.cameras]
+            silent = [s.name for s in statuses if s.level != OK]
+            values: dict[str, object] = {"model": self.model_name, **self._counts}
+            values |= {f"sets dropped: {reason}": n for reason, n in self._drops["sets"].items()}
+            since = None if self._served is None else now - self._served
+        for stage, percentiles in self.latencies_ms().items():
+            values |= {f"{stage} {p} ms": value for p, value in percentiles.items()}
+        if since is None:
+            level, message = WARN, f"no output yet{self._why('sets')}"
+        elif since > self.quiet:
+            level, message = ERROR, f"no output for {since:.1f} s{self._why('sets')}"
+        elif silent:
+            level, message = WARN, f"running without {', '.join(silent)}"
+        else:
+            level, message = OK, "running"
+        return [Status("occupancy", level, message, values), *statuses]
+
+    def _camera(self, name: str, now: float) -> Status:
+        arrivals = self._arrivals[name]
+        drops = {f"dropped: {reason}": n for reason, n in self._drops[name].items()}
+        if not arrivals:
+            return Status(name, WARN, f"no image yet{self._why(name)}", drops)
+        age = now - arrivals[-1]
+        span = arrivals[-1] - arrivals[0]
+        values = {"rate Hz": round((len(arrivals) - 1) / span, 2) if span > 0 else "", "age s": round(age, 3), **drops}
+        if age > self.quiet:
+            return Status(name, ERROR, f"no usable image for {age:.1f} s{self._why(name)}", values)
+        return Status(name, OK, "running", values)
+
+    def _why(self, what: str) -> str:
+        return f" (latest: {self._latest_drop[what]})" if what in self._latest_drop else ""

@@ -1,0 +1,335 @@
+"""The lifecycle node: parameters, topics, callbacks that only sort, and a worker that thinks.
+
+    images -> checked -> collector -> mailbox (one place, the newest set wins) -> worker -> pipeline -> publishers
+
+configure reads the parameters, loads and warms up the model and listens to calibration and TF; activate listens to the
+images and starts the worker; deactivate and cleanup give back what the two took.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import Clock, ClockType
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
+from visualization_msgs.msg import MarkerArray
+
+from occflow_core.runtime import Stream, load
+
+from . import convert, parameters
+from .assemble import Calibration, Collector, ImageSet, Mailbox
+from .convert import Refused
+from .frames import TransformBuffer
+from .health import Health
+from .parameters import ParameterProblem, Settings
+from .pipeline import Pipeline, Served
+
+POLL = 0.01  # s, steady: how often deadlines of open sets are looked at
+
+
+@dataclass(frozen=True)
+class Letter:
+    """What the callbacks hand to the worker."""
+
+    images: ImageSet
+    calibrations: tuple[Calibration | None, ...]
+    arrived: float  # s, steady: when the set was closed
+
+
+class OccupancyNode(LifecycleNode):
+    """Six cameras in, `~/occupancy`, `~/points`, `~/markers` and `/diagnostics` out."""
+
+    def __init__(self, **arguments):
+        super().__init__("occflow", **arguments)
+        parameters.declare(self)
+        self.settings: Settings | None = None
+        self.health: Health | None = None
+        self._worker: threading.Thread | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._configured, self._activated = [], []  # what to destroy at cleanup, at deactivate
+        self._model = self._stream = self._collector = self._transforms = None
+        self._calibrations: list[Calibration | None] = []
+
+    # ---- lifecycle
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            self.settings = s = parameters.read(self)
+            self._model = load(s.model, s.weights or None, device=s.device, threads=s.threads)
+            self._stream = Stream(self._model, longest_gap=s.longest_gap)
+            self._stream.warm_up(len(s.cameras))
+        except (ParameterProblem, ValueError, OSError, RuntimeError) as problem:
+            self.get_logger().error(f"configure failed: {problem}")
+            self._reset()
+            return TransitionCallbackReturn.FAILURE
+        self.health = Health(s.cameras, self._model.name)
+        self._transforms = TransformBuffer(s.tf_keep, s.clock_jump)
+        self._calibrations = [None] * len(s.cameras)
+        self._out = self.create_lifecycle_publisher(_message("occflow_msgs", "VoxelFlow"), "~/occupancy", 1)
+        self._out_points = self.create_lifecycle_publisher(PointCloud2, "~/points", 1)
+        self._out_markers = self.create_lifecycle_publisher(MarkerArray, "~/markers", 1)
+        self._out_diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf", self._on_tf, QoSProfile(depth=100))
+        latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf_static", self._on_tf_static, latched)
+        for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
+            self._listen(self._configured, CameraInfo, c.info_topic, self._on_info, self._image_qos(), camera, name)
+        # a steady clock: timers of the ROS clock stand still when a bag is paused or turned back
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        timer = self.create_timer(s.diagnostics_period, self._guarded(self._diagnose), clock=steady)
+        self._configured.append((self.destroy_timer, timer))
+        self._configured += [
+            (self.destroy_lifecycle_publisher, out) for out in (self._out, self._out_points, self._out_markers)
+        ]
+        self._configured.append((self.destroy_publisher, self._out_diagnostics))
+        self.get_logger().info(f"configured: {self._model.name} on {self._model.device}, {len(s.cameras)} cameras")
+        if not self._model.trained:
+            self.get_logger().warning(f"{self._model.name}: weights are random numbers, what is published means nothing")
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        s = self.settings
+        self._stream.forget()
+        self._collector = Collector(
+            len(s.cameras),
+            1.0 / s.camera_rate,
+            [c.offset for c in s.camera],
+            s.set_deadline,
+            s.set_tolerance,
+            s.min_cameras,
+            s.clock_jump,
+        )
+        self._mailbox = Mailbox()
+        pipeline = Pipeline(
+            s.cameras,
+            self._transforms,
+            self._stream,
+            self.health,
+            s.fixed_frame,
+            s.base_frame,
+            s.tf_wait,
+            s.min_cameras,
+        )
+        self._worker = threading.Thread(target=self._work, args=(pipeline, self._mailbox), name="worker")
+        for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
+            kind = CompressedImage if c.compressed else Image
+            self._listen(self._activated, kind, c.image_topic, self._on_image, self._image_qos(), camera, name)
+        timer = self.create_timer(POLL, self._guarded(self._poll), clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._activated.append((self.destroy_timer, timer))
+        done = super().on_activate(state)  # opens the lifecycle publishers
+        self._worker.start()
+        self.get_logger().info(f"active: waiting for images on {', '.join(c.image_topic for c in s.camera)}")
+        return done
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._stop()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._stop()
+        self._destroy(self._configured)
+        self._reset()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self.on_cleanup(state)
+
+    def _stop(self) -> None:
+        """Ends the worker and the subscriptions to images; twice does no harm."""
+        if self._worker is not None:
+            self._mailbox.close()
+            if self._worker.is_alive():
+                self._worker.join()
+            self._worker = None
+        self._destroy(self._activated)
+
+    def _destroy(self, things: list) -> None:
+        for destroy, thing in things:
+            destroy(thing)
+        things.clear()
+
+    def close(self) -> None:
+        """Ends the worker before the process ends, in whatever state the node is."""
+        self._stop()
+
+    # ---- callbacks: they check, sort and leave; none of them decodes or thinks
+
+    def _listen(self, owner: list, kind, topic: str, callback: Callable, qos: QoSProfile, *arguments) -> None:
+        owner.append(
+            (self.destroy_subscription, self.create_subscription(kind, topic, self._guarded(callback, *arguments), qos))
+        )
+
+    def _guarded(self, callback: Callable, *arguments) -> Callable:
+        """A callback that cannot take the node with it: what it throws is counted and said."""
+
+        def call(*message):
+            try:
+                callback(*message, *arguments)
+            except Exception as error:
+                self.health.count("exceptions in callbacks")
+                self._say(f"callback {callback.__name__}", f"{callback.__name__}: {type(error).__name__}: {error}")
+
+        return call
+
+    def _image_qos(self) -> QoSProfile:
+        reliable = self.settings.reliable_images
+        return QoSProfile(
+            depth=2, reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
+        )
+
+    def _on_image(self, message: Image | CompressedImage, camera: int, name: str) -> None:
+        settings, now = self.settings.camera[camera], time.monotonic()
+        known = self._calibrations[camera]
+        try:
+            if known is None:
+                raise Refused(f"no usable CameraInfo on {settings.info_topic} yet")
+            picture = convert.compressed_picture(message) if settings.compressed else convert.raw_picture(message)
+            if (picture.height, picture.width) != (known.height, known.width):
+                raise Refused(
+                    f"{picture.width} x {picture.height} pixels, but {settings.info_topic} says "
+                    f"{known.width} x {known.height}"
+                )
+        except Refused as refused:
+            self._refuse(name, settings.image_topic, refused)
+            return
+        self.health.image(name, now)
+        lap = self._collector.lap
+        self._post(self._collector.add(camera, convert.nanoseconds(message.header.stamp), picture, now), now)
+        if self._collector.lap != lap:
+            self.health.count("clock jumps")
+            self.get_logger().info("stamps went back: open sets and memory are forgotten, a new lap begins")
+
+    def _on_info(self, message: CameraInfo, camera: int, name: str) -> None:
+        settings = self.settings.camera[camera]
+        try:
+            self._calibrations[camera] = convert.calibration(message, settings.rectified)
+        except Refused as refused:
+            self._calibrations[camera] = None  # what came last does not hold: better no camera than a wrong one
+            self._refuse(name, settings.info_topic, refused)
+
+    def _on_tf(self, message) -> None:
+        self._take_transforms(message, static=False)
+
+    def _on_tf_static(self, message) -> None:
+        self._take_transforms(message, static=True)
+
+    def _take_transforms(self, message, static: bool) -> None:
+        for stamped in message.transforms:
+            try:
+                self._transforms.add(*convert.transform(stamped), static)
+            except ValueError as refused:
+                self.health.count("transforms refused")
+                self._say(f"tf {stamped.child_frame_id}", f"{'/tf_static' if static else '/tf'}: {refused}")
+
+    def _poll(self) -> None:
+        now = time.monotonic()
+        self._post(self._collector.poll(now), now)
+
+    def _post(self, sets: list[ImageSet], now: float) -> None:
+        for images in sets:
+            self.health.count("sets complete" if images.complete else "sets partial")
+            if self._mailbox.put(Letter(images, tuple(self._calibrations), now)) is not None:
+                self.health.count("sets skipped")
+
+    def _diagnose(self) -> None:
+        if self._collector is not None:
+            self.health.collected(self._collector.dropped)
+        report = self.health.report(time.monotonic())
+        stamp = self.get_clock().now().nanoseconds
+        self._out_diagnostics.publish(convert.diagnostics(stamp, self.get_fully_qualified_name(), report))
+
+    def _refuse(self, camera: str, topic: str, refused: Refused) -> None:
+        reason, sentence = str(refused).split(",")[0][:60], f"{topic}: refused: {refused}"
+        self.health.dropped(camera, reason, sentence)
+        self._say(f"{camera} {reason}", sentence)
+
+    def _say(self, key: str, sentence: str) -> None:
+        """A warning, at most every five seconds for a key."""
+        if self.health.may_say(key, time.monotonic()):
+            self.get_logger().warning(sentence)
+
+    # ---- the worker
+
+    def _work(self, pipeline: Pipeline, mailbox: Mailbox) -> None:
+        while (letter := mailbox.take()) is not None:
+            try:
+                served = pipeline.serve(letter.images, letter.calibrations)
+                for what, sentence in self.health.news():
+                    self._say(what, f"{what}: refused: {sentence}")
+                if served is not None:
+                    self._publish(served)
+                    self.health.took("latency", time.monotonic() - letter.arrived)
+                    self.health.served(time.monotonic())
+            except Exception as error:
+                self.health.dropped("sets", type(error).__name__, str(error))
+                self._say("worker", f"a set was lost: {type(error).__name__}: {error}")
+        pipeline.close()
+
+    def _publish(self, served: Served) -> None:
+        s, images, prediction = self.settings, served.images, served.prediction
+        begin = time.perf_counter()
+        message = convert.voxel_flow(
+            prediction, images.stamp, s.base_frame, s.cameras, images.stamps, self._model.name, s.moving_speed
+        )
+        converted = time.perf_counter()
+        self._out.publish(message)
+        if self._out_points.get_subscription_count():
+            self._out_points.publish(convert.points(prediction, message.header))
+        if self._out_markers.get_subscription_count():
+            self._out_markers.publish(convert.markers(prediction, message.header, s.moving_speed))
+        self.health.took("convert", converted - begin)
+        self.health.took("publish", time.perf_counter() - converted)
+
+
+def _message(package: str, name: str):
+    """A message class of a package that may be missing: SystemExit says so in one sentence."""
+    try:
+        return getattr(__import__(f"{package}.msg", fromlist=[name]), name)
+    except ImportError:
+        how = {
+            "occflow_msgs": "build it: colcon build --base-paths src/occflow src/occflow/msg",
+            "tf2_msgs": "install it: apt install ros-$ROS_DISTRO-tf2-msgs",
+        }[package]
+        raise SystemExit(f"occflow: the message package {package} is not on this path; {how}") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`ros2 run occflow_ros node`. Exit code 0 after SIGINT or SIGTERM, 1 when it cannot start."""
+    _message("occflow_msgs", "VoxelFlow"), _message("tf2_msgs", "TFMessage")
+    try:
+        rclpy.init(args=arguments)
+        node = OccupancyNode()
+    except (ParameterProblem, RuntimeError, ValueError, rclpy.exceptions.ROSInterruptException) as problem:
+        print(f"occflow: {problem}", file=sys.stderr)
+        return 1
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    code = 0
+    try:
+        if node.get_parameter("autostart").value:
+            started = node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+            if not started or node.trigger_activate() != TransitionCallbackReturn.SUCCESS:
+                code = 1
+        if code == 0:
+            executor.spin()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        node.close()
+        executor.shutdown()
+        node.destroy_node()
+        rclpy.try_shutdown()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

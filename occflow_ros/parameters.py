@@ -1,0 +1,113 @@
+"""All parameters of the node: type, default, range and text, once. The YAML in `config/` and the README's table are
+checked against this file by the tests."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+class ParameterProblem(ValueError):
+    """A parameter that cannot be; the text names it."""
+
+
+def _parameter(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"text": text, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class CameraSettings:
+    """Parameters `camera.<name>.*`. In a default, {} stands for the camera's name."""
+
+    image_topic: str = _parameter("/{}/image_raw/compressed", "images of this camera")
+    info_topic: str = _parameter("/{}/camera_info", "its sensor_msgs/CameraInfo")
+    compressed: bool = _parameter(True, "true: CompressedImage (JPEG or PNG); false: Image")
+    rectified: bool = _parameter(False, "true: images are rectified, use P; false: use K, distortion must be zero")
+    offset: float = _parameter(0.0, "s; stamp minus offset is equal within a set (cameras that trigger in turn)", -1, 1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of the node itself."""
+
+    cameras: tuple[str, ...] = _parameter(
+        ("cam_front", "cam_front_right", "cam_front_left", "cam_back", "cam_back_left", "cam_back_right"),
+        "names of the cameras, 1 to 8, in the order of the message's bits",
+    )
+    base_frame: str = _parameter("base_link", "frame of the grid: x forward, y left, z up (REP 103)")
+    fixed_frame: str = _parameter("map", "frame in which TF tells how the car moves, e.g. map or odom")
+    model: str = _parameter("opus-nano", "system and preset, as `occflow` names them")
+    weights: str = _parameter("", "a .safetensors file; empty: random numbers, and everything says untrained")
+    device: str = _parameter("auto", "auto (CUDA where present, else CPU), cpu, cuda or cuda:1")
+    threads: int = _parameter(0, "CPU threads of the network; 0: PyTorch's choice", 0, 256)
+    camera_rate: float = _parameter(12.0, "Hz of each camera", 0.1, 240)
+    set_deadline: float = _parameter(0.12, "s after its first image, a set leaves incomplete", 0.005, 10)
+    set_tolerance: float = _parameter(0.4, "of the camera period: how far apart images of one set may be", 0.05, 0.49)
+    min_cameras: int = _parameter(1, "sets with fewer usable images are dropped and counted", 1, 8)
+    clock_jump: float = _parameter(1.0, "s; stamps that go back by more begin a new lap: memory is forgotten", 0.1, 60)
+    longest_gap: float = _parameter(2.0, "s between two sets after which memory is forgotten", 0.1, 60)
+    tf_wait: float = _parameter(0.1, "s that a set may wait for its transforms", 0, 5)
+    moving_speed: float = _parameter(0.2, "m/s; slower voxels are published without a velocity", 0, 10)
+    reliable_images: bool = _parameter(False, "true: reliable image subscriptions; false: best effort (sensor data)")
+    diagnostics_period: float = _parameter(1.0, "s between two messages on /diagnostics, by the steady clock", 0.1, 60)
+    autostart: bool = _parameter(True, "true: configure and activate at start; false: a lifecycle manager does it")
+    camera: tuple[CameraSettings, ...] = ()  # one a camera, in order; `camera.<name>.*`
+
+
+def declare(node) -> None:
+    """Declares everything on an rclpy node. ParameterProblem when the given values do not fit or are not known."""
+    from rclpy.exceptions import ParameterException
+
+    try:
+        for spec in fields(Settings):
+            if spec.name != "camera":
+                node.declare_parameter(spec.name, _ros_value(spec.default), _descriptor(spec))
+        for name in node.get_parameter("cameras").value:
+            for spec in fields(CameraSettings):
+                value = spec.default.format(name) if isinstance(spec.default, str) else spec.default
+                node.declare_parameter(f"camera.{name}.{spec.name}", value, _descriptor(spec))
+    except ParameterException as error:
+        raise ParameterProblem(str(error)) from None
+    foreign = ("use_sim_time", "qos_overrides.", "start_type_description_service")
+    unknown = [
+        name
+        for name in node._parameter_overrides  # rclpy drops what nobody declared without a word
+        if not node.has_parameter(name) and not name.startswith(foreign)
+    ]
+    if unknown:
+        raise ParameterProblem(f"unknown parameter {', '.join(sorted(unknown))}; `ros2 param list` shows what there is")
+
+
+def read(node) -> Settings:
+    """The values as they stand. ParameterProblem when they contradict each other."""
+    values = {s.name: node.get_parameter(s.name).value for s in fields(Settings) if s.name != "camera"}
+    names = values["cameras"] = tuple(values["cameras"])
+    if not 1 <= len(names) <= 8 or len(set(names)) != len(names) or not all(names):
+        raise ParameterProblem(f"cameras: expected 1 to 8 different names, got {list(names)}")
+    undeclared = [n for n in names if not node.has_parameter(f"camera.{n}.image_topic")]
+    if undeclared:
+        raise ParameterProblem(f"cameras: {', '.join(undeclared)} was added after the start; restart the node for it")
+    if values["min_cameras"] > len(names):
+        raise ParameterProblem(f"min_cameras: {values['min_cameras']} of {len(names)} cameras can never be")
+    cameras = tuple(
+        CameraSettings(**{s.name: node.get_parameter(f"camera.{n}.{s.name}").value for s in fields(CameraSettings)})
+        for n in names
+    )
+    topics = [c.image_topic for c in cameras]
+    if len(set(topics)) != len(topics):
+        raise ParameterProblem(f"camera: two cameras share an image topic: {sorted(topics)}")
+    return Settings(**values, camera=cameras)
+
+
+def _ros_value(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _descriptor(spec):
+    from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+
+    descriptor = ParameterDescriptor(description=spec.metadata["text"])
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    if low is not None and isinstance(spec.default, float):
+        descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
+    elif low is not None:
+        descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=1)]
+    return descriptor

@@ -1,0 +1,130 @@
+"""One set of images in, one prediction out: decode, look up transforms, make the Frame, step the Stream. No rclpy."""
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from occflow_core.runtime import Stream
+from occflow_core.types import Frame, Prediction
+
+from .assemble import Calibration, ImageSet, frame_of
+from .convert import Refused
+from .frames import TransformBuffer, TransformError
+from .health import Health
+
+
+@dataclass(frozen=True)
+class Served:
+    """What came of one set."""
+
+    images: ImageSet  # as really used: cameras that were refused on the way are holes
+    prediction: Prediction
+
+
+class Pipeline:
+    """The worker's job. Not thread-safe: one worker calls `serve`, in the order of the sets."""
+
+    def __init__(
+        self,
+        names: Sequence[str],  # of the cameras
+        transforms: TransformBuffer,
+        stream: Stream,
+        health: Health,
+        fixed_frame: str,
+        base_frame: str,
+        tf_wait: float,  # s that a set may wait for its transforms
+        min_cameras: int,
+    ):
+        self.names, self.transforms, self.stream, self.health = tuple(names), transforms, stream, health
+        self.fixed_frame, self.base_frame, self.tf_wait = fixed_frame, base_frame, tf_wait
+        self.min_cameras = min_cameras
+        self._decoders = ThreadPoolExecutor(min(len(self.names), os.cpu_count() or 1), "decode")
+
+    def close(self) -> None:
+        self._decoders.shutdown()
+
+    def serve(self, images: ImageSet, calibrations: Sequence[Calibration | None]) -> Served | None:
+        """The prediction for a set, or None when it was refused; health has counted it and holds the reason."""
+        begin = time.perf_counter()
+        images, pictures = self._decode(images, calibrations)
+        if images is None:
+            return None
+        decoded = time.perf_counter()
+        self.health.took("decode", decoded - begin)
+        images, frame = self._frame(images, pictures, calibrations)
+        if frame is None:
+            return None
+        self.health.took("assemble", time.perf_counter() - decoded)
+        prediction = self.stream.step(frame)
+        for stage, seconds in self.stream.seconds.items():
+            self.health.took(stage, seconds)
+        return Served(images, prediction)
+
+    def _decode(self, images: ImageSet, calibrations) -> tuple[ImageSet | None, np.ndarray | None]:
+        """Pictures (N, H, W, 3) uint8 RGB of the set; a broken one becomes a hole."""
+        sizes = {(c.height, c.width) for p, c in zip(images.pictures, calibrations, strict=True) if p is not None}
+        if len(sizes) > 1:
+            text = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
+            self.health.dropped("sets", "picture sizes differ", f"cameras of one set must share a size, got {text}")
+            return None, None
+        pictures = np.empty((len(self.names), *sizes.pop(), 3), np.uint8)
+
+        def decode(camera: int) -> str | None:
+            picture = images.pictures[camera]
+            try:
+                if picture is not None:
+                    picture.decode_into(pictures[camera])
+                    return None
+            except Refused as refused:
+                return str(refused)
+            finally:
+                if picture is None:
+                    pictures[camera] = 0
+            return None
+
+        for camera, reason in enumerate(self._decoders.map(decode, range(len(self.names)))):
+            if reason is not None:
+                pictures[camera] = 0
+                images = self._hole(images, camera, "broken image", reason)
+        return self._enough(images), pictures
+
+    def _frame(self, images: ImageSet, pictures: np.ndarray, calibrations) -> tuple[ImageSet | None, Frame | None]:
+        """The Frame of decoded pictures; a camera whose transforms are unknown becomes a hole."""
+        until = time.monotonic() + self.tf_wait
+
+        def look_up(target: str, source: str, stamp: int) -> torch.Tensor:
+            return self.transforms.wait(target, source, stamp, max(0.0, until - time.monotonic()))
+
+        mounts: list[torch.Tensor | None] = [None] * len(self.names)
+        poses: list[torch.Tensor | None] = [None] * len(self.names)
+        # newest first: once TF has reached the newest image, none of the others has to wait
+        for camera in sorted(range(len(self.names)), key=lambda i: -(images.stamps[i] or 0)):
+            stamp = images.stamps[camera]
+            if stamp is None:
+                continue
+            try:
+                mounts[camera] = look_up(self.base_frame, calibrations[camera].optical_frame, stamp)
+                poses[camera] = look_up(self.fixed_frame, self.base_frame, stamp)
+            except TransformError as error:
+                pictures[camera] = 0
+                images = self._hole(images, camera, "no transform", str(error))
+        if self._enough(images) is None:
+            return None, None
+        newest = images.stamps.index(images.stamp)
+        return images, frame_of(images, self.names, pictures, calibrations, mounts, poses, poses[newest])
+
+    def _hole(self, images: ImageSet, camera: int, reason: str, sentence: str) -> ImageSet:
+        self.health.dropped(self.names[camera], reason, sentence)
+        return images.without(camera)
+
+    def _enough(self, images: ImageSet) -> ImageSet | None:
+        here = sum(picture is not None for picture in images.pictures)
+        if here >= max(1, self.min_cameras):
+            return images
+        self.health.dropped("sets", "too few usable cameras", f"{here} usable of {len(self.names)} cameras")
+        return None

@@ -1,0 +1,192 @@
+"""The collector's laws: no set mixes two sweeps, every image is used or counted, stamps of sets go forward."""
+
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from occflow_core.geometry import rigid
+from occflow_ros.assemble import Calibration, Collector, ImageSet, Mailbox, frame_of
+
+MS = 1_000_000
+PERIOD = 1 / 12
+SWEEP = 83 * MS
+START = 1_000_000 * MS
+
+
+def sweep(k: int, camera: int, stagger=0) -> int:
+    return START + k * SWEEP + camera * stagger
+
+
+def feed(collector, events):
+    """events: (now s, camera, stamp) in order of arrival; the picture is (camera, stamp)."""
+    sets = []
+    for now, camera, stamp in events:
+        sets += collector.poll(now)
+        sets += collector.add(camera, stamp, (camera, stamp), now)
+    return sets + collector.poll(float("inf"))
+
+
+def steady_rig(sweeps, cameras=6, lose=lambda k, c: False, stagger=0, delay=lambda k, c: 0.01):
+    events = [
+        (k * SWEEP / 1e9 + c * stagger / 1e9 + delay(k, c), c, sweep(k, c, stagger))
+        for k in range(sweeps)
+        for c in range(cameras)
+        if not lose(k, c)
+    ]
+    return sorted(events)
+
+
+def test_a_healthy_rig_gives_a_complete_set_for_every_sweep():
+    sets = feed(Collector(6, PERIOD), steady_rig(50))
+    assert len(sets) == 50 and all(s.complete for s in sets)
+    assert [s.stamp for s in sets] == [sweep(k, 0) for k in range(50)]
+
+
+def test_the_reference_stamp_is_that_of_the_newest_used_image():
+    offsets = [0.0, 0.008, 0.016]
+    collector = Collector(3, PERIOD, offsets)
+    (images,) = feed(collector, [(0.0, 0, START), (0.01, 2, START + 16 * MS), (0.02, 1, START + 8 * MS)])
+    assert images.stamp == START + 16 * MS
+    assert images.without(2).stamp == START + 8 * MS and not images.without(2).complete
+
+
+def test_a_set_leaves_at_once_when_it_is_complete():
+    collector = Collector(2, PERIOD)
+    assert collector.add(0, START, "a", 0.0) == []
+    (images,) = collector.add(1, START + MS, "b", 0.001)
+    assert images.pictures == ("a", "b")
+
+
+def test_a_dead_camera_makes_sets_partial_at_the_deadline_and_says_which():
+    sets = feed(Collector(6, PERIOD), steady_rig(30, lose=lambda k, c: c == 4 and k >= 10))
+    assert len(sets) == 30
+    assert [s.complete for s in sets] == [True] * 10 + [False] * 20
+    assert all([p is None for p in s.pictures] == [False, False, False, False, True, False] for s in sets[10:])
+
+
+def test_the_deadline_runs_on_the_callers_clock():
+    collector = Collector(2, PERIOD, deadline=0.12)
+    collector.add(0, START, "a", 5.0)
+    assert collector.poll(5.119) == []
+    (images,) = collector.poll(5.121)
+    assert images.pictures == ("a", None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lost_late_and_reordered_images_never_mix_two_sweeps_and_are_used_or_counted(seed):
+    rng = random.Random(seed)
+    stagger = 7 * MS  # as in nuScenes: six cameras trigger within 43 ms
+    collector = Collector(6, PERIOD, [c * 0.007 for c in range(6)])
+    events = steady_rig(200, 6, lambda k, c: rng.random() < 0.05, stagger, lambda k, c: rng.uniform(0, 0.06))
+    sets = feed(collector, events)
+    for images in sets:
+        sweeps = {round((s - c * stagger - START) / SWEEP) for c, s in enumerate(images.stamps) if s is not None}
+        assert len(sweeps) == 1
+        assert all(p is None or p == (c, images.stamps[c]) for c, p in enumerate(images.pictures))
+    used = sum(p is not None for images in sets for p in images.pictures)
+    assert used + sum(collector.dropped.values()) == len(events)
+    assert len(sets) == 200
+    stamps = [s.stamp for s in sets]
+    assert stamps == sorted(stamps)
+
+
+def test_without_offsets_a_wide_stagger_is_not_forced_into_one_set():
+    sets = feed(Collector(2, PERIOD), [(0.0, 0, START), (0.05, 1, START + 50 * MS)])
+    assert [s.complete for s in sets] == [False, False]
+
+
+def test_one_image_of_one_percent_lost_costs_no_set():
+    rng = random.Random(1)
+    sets = feed(Collector(6, PERIOD), steady_rig(720, lose=lambda k, c: rng.random() < 0.01))
+    assert len(sets) == 720 and 600 < sum(s.complete for s in sets) < 720
+
+
+def test_stamps_that_go_back_begin_a_new_lap_and_nothing_of_the_old_one_survives():
+    collector = Collector(2, PERIOD)
+    events = [(k * 0.083, c, sweep(k, c)) for k in range(20) for c in range(2) if (k, c) != (19, 1)]
+    again = [(2.0 + now, c, stamp) for now, c, stamp in events]
+    sets = feed(collector, events + again)
+    laps = [s.lap for s in sets]
+    assert laps == sorted(laps) and set(laps) == {0, 1}
+    assert laps.count(0) == 20 and laps.count(1) == 20  # the half-filled last set of lap 0 left by its deadline
+    assert [s.stamp for s in sets if s.lap == 1] == [s.stamp for s in sets if s.lap == 0]
+
+
+def test_open_sets_of_the_old_lap_are_counted_not_given_out():
+    collector = Collector(2, PERIOD)
+    collector.add(0, sweep(100, 0), "old", 0.0)
+    assert collector.add(0, sweep(0, 0), "new", 0.01) == []
+    assert collector.dropped[0, "clock jump"] == 1 and collector.lap == 1
+
+
+def test_a_small_step_back_of_the_clock_is_late_images_not_a_new_lap():
+    collector = Collector(1, PERIOD)
+    assert len(collector.add(0, sweep(10, 0), "a", 0.0)) == 1
+    assert collector.add(0, sweep(4, 0), "b", 0.1) == []
+    assert collector.lap == 0 and collector.dropped[0, "late"] == 1
+
+
+@pytest.mark.parametrize(
+    ("stamps", "reason"), [([0], "no stamp"), ([START, START], "same stamp again"), ([-5], "no stamp")]
+)
+def test_impossible_and_repeated_stamps_are_dropped_and_counted(stamps, reason):
+    collector = Collector(2, PERIOD)
+    for stamp in stamps:
+        assert collector.add(0, stamp, "x", 0.0) == []
+    assert collector.dropped[0, reason] == 1
+
+
+def test_sets_below_the_minimum_are_dropped_and_counted():
+    collector = Collector(3, PERIOD, min_cameras=2)
+    collector.add(0, START, "a", 0.0)
+    assert collector.poll(1.0) == []
+    assert collector.dropped[None, "too few cameras"] == 1
+
+
+def test_a_collector_that_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="min_cameras"):
+        Collector(2, PERIOD, min_cameras=3)
+    with pytest.raises(ValueError, match="offset for each"):
+        Collector(2, PERIOD, [0.0])
+
+
+def test_in_the_mailbox_the_newest_letter_wins_and_closing_wakes_the_reader():
+    box = Mailbox()
+    assert box.put("first") is None
+    assert box.put("second") == "first"
+    assert box.take() == "second"
+    got = []
+    reader = threading.Thread(target=lambda: got.append(box.take()))
+    reader.start()
+    time.sleep(0.02)
+    box.close()
+    reader.join(timeout=2)
+    assert got == [None]
+
+
+def test_a_frame_carries_the_cars_motion_between_each_cameras_stamp_and_the_sets():
+    images = ImageSet(("a", None, "c"), (START, None, START + 40 * MS), lap=3)
+    forward = torch.eye(4, dtype=torch.float64)
+    forward[0, 3] = 0.4  # 10 m/s for 40 ms
+    mount = rigid.from_quaternion((0.5, -0.5, 0.5, -0.5), (1.7, 0.0, 1.5))
+    world_then = rigid.from_quaternion((0.9, 0.0, 0.0, 0.4), (600.0, 1647.0, 0.0))
+    world_now = world_then @ forward
+    calibration = Calibration(np.array([[500.0, 0, 80], [0, 500.0, 45], [0, 0, 1]]), 90, 160, "cam")
+    frame = frame_of(
+        images,
+        ["a", "b", "c"],
+        np.zeros((3, 90, 160, 3), np.uint8),
+        [calibration, None, calibration],
+        [mount, None, mount],
+        [world_then, None, world_now],
+        world_now,
+    )
+    # the car moved forward after camera a looked, so a looks from 0.4 m behind where it is now
+    assert torch.allclose(frame.cameras.car_from_camera[0, :3, 3], mount[:3, 3] - torch.tensor([0.4, 0, 0]).double())
+    assert torch.allclose(frame.cameras.car_from_camera[2], mount)
+    assert frame.used.tolist() == [True, False, True]
+    assert frame.stamp == START + 40 * MS and frame.drive == "lap 3"

@@ -1,0 +1,104 @@
+"""TF's laws: interpolation inside what was heard, an error outside, and never an identity nobody sent."""
+
+import threading
+
+import pytest
+import torch
+
+from occflow_core.geometry import rigid
+from occflow_ros.frames import TransformBuffer, TransformError
+
+S = 1_000_000_000
+
+
+def pose(x=0.0, yaw=0.0) -> torch.Tensor:
+    half = torch.tensor(yaw / 2)
+    return rigid.from_quaternion((torch.cos(half), 0, 0, torch.sin(half)), (x, 0.0, 0.0))
+
+
+@pytest.fixture
+def buffer() -> TransformBuffer:
+    b = TransformBuffer()
+    b.add("base_link", "cam", 0, pose(1.7, 0.3), static=True)
+    b.add("map", "base_link", 10 * S, pose(0.0, 0.0), static=False)
+    b.add("map", "base_link", 11 * S, pose(10.0, 1.0), static=False)
+    return b
+
+
+def test_a_static_transform_holds_at_any_time(buffer):
+    for stamp in (0, 5 * S, 10**6 * S):
+        assert torch.allclose(buffer.lookup("base_link", "cam", stamp), pose(1.7, 0.3))
+
+
+def test_between_two_stamps_it_is_linear_and_slerp(buffer):
+    assert torch.allclose(buffer.lookup("map", "base_link", 10 * S + S // 4), pose(2.5, 0.25), atol=1e-6)
+
+
+def test_at_a_stamp_it_is_what_was_sent(buffer):
+    assert torch.equal(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
+
+
+def test_there_and_back_is_the_identity_and_chains_multiply(buffer):
+    there, back = buffer.lookup("map", "cam", 10 * S), buffer.lookup("cam", "map", 10 * S)
+    assert torch.allclose(there @ back, torch.eye(4, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(there, pose(0.0) @ pose(1.7, 0.3))
+
+
+def test_transforms_that_come_out_of_order_are_sorted(buffer):
+    buffer.add("map", "base_link", 10 * S + S // 2, pose(9.0), static=False)
+    assert torch.allclose(buffer.lookup("map", "base_link", 10 * S + 3 * S // 4)[0, 3], torch.tensor(9.5).double())
+
+
+@pytest.mark.parametrize(("stamp", "words"), [(12 * S, "newest is 11.000"), (9 * S, "oldest is 10.000")])
+def test_it_never_extrapolates_and_says_what_it_has(buffer, stamp, words):
+    with pytest.raises(TransformError, match=f"map <- base_link.*{words}"):
+        buffer.lookup("map", "base_link", stamp)
+
+
+def test_unknown_frames_are_named_never_guessed(buffer):
+    with pytest.raises(TransformError, match="TF has not named cam_left .heard of: base_link, cam, map"):
+        buffer.lookup("base_link", "cam_left", 10 * S)
+    with pytest.raises(TransformError, match="nothing at all"):
+        TransformBuffer().lookup("base_link", "cam", 0)
+
+
+def test_two_trees_that_do_not_touch_are_said_to_be_two(buffer):
+    buffer.add("elsewhere", "lidar", 0, pose(), static=True)
+    with pytest.raises(TransformError, match="nothing joins"):
+        buffer.lookup("base_link", "lidar", 10 * S)
+
+
+def test_a_loop_is_an_error_not_a_hang(buffer):
+    buffer.add("cam", "map", 0, pose(), static=True)
+    with pytest.raises(TransformError, match="loop"):
+        buffer.lookup("base_link", "elsewhere", 10 * S)
+
+
+def test_stamps_that_go_back_drop_the_lap_before_and_keep_what_is_static(buffer):
+    buffer.add("map", "base_link", 1 * S, pose(-5.0), static=False)
+    assert torch.equal(buffer.lookup("map", "base_link", 1 * S), pose(-5.0))
+    with pytest.raises(TransformError):
+        buffer.lookup("map", "base_link", 10 * S + S // 2)
+    buffer.lookup("base_link", "cam", 1 * S)
+
+
+def test_history_is_bounded(buffer):
+    for k in range(1000):
+        buffer.add("map", "base_link", 11 * S + k * S // 10, pose(k), static=False)
+    assert len(buffer._edges["base_link"].stamps) <= 102
+
+
+def test_waiting_ends_when_the_transform_arrives(buffer):
+    timer = threading.Timer(0.05, lambda: buffer.add("map", "base_link", 12 * S, pose(20.0, 1.0), static=False))
+    timer.start()
+    assert torch.allclose(buffer.wait("map", "base_link", 11 * S + S // 2, 2.0)[0, 3], torch.tensor(15.0).double())
+
+
+def test_waiting_is_bounded(buffer):
+    with pytest.raises(TransformError):
+        buffer.wait("map", "base_link", 99 * S, 0.02)
+
+
+def test_frames_without_a_name_are_refused(buffer):
+    with pytest.raises(ValueError, match="two different frames"):
+        buffer.add("", "cam", 0, pose(), static=True)

@@ -1,0 +1,70 @@
+"""What the node says about itself is true at every moment of the steady clock."""
+
+from collections import Counter
+
+from occflow_ros.health import ERROR, OK, WARN, Health
+
+
+def running(until=10.0, cameras=("a", "b")) -> Health:
+    health = Health(cameras, "net")
+    for k in range(int(until * 10) + 1):
+        for name in cameras:
+            health.image(name, k / 10)
+        health.served(k / 10)
+    return health
+
+
+def level(health, now):
+    return {s.name: s.level for s in health.report(now)}
+
+
+def test_a_running_node_is_ok_and_tells_each_cameras_rate():
+    health = running()
+    assert level(health, 10.0) == {"occupancy": OK, "a": OK, "b": OK}
+    assert health.report(10.0)[1].values["rate Hz"] == 10.0
+
+
+def test_before_anything_came_it_warns_and_gives_the_latest_reason():
+    health = Health(["a"], "net")
+    health.dropped("a", "no CameraInfo", "/a/camera_info: nothing yet")
+    whole, camera = health.report(0.0)
+    assert whole.level == WARN and "no output yet" in whole.message
+    assert "nothing yet" in camera.message and camera.values["dropped: no CameraInfo"] == 1
+
+
+def test_a_silent_camera_is_an_error_of_its_own_and_a_warning_of_the_whole():
+    health = running()
+    for k in range(101, 140):
+        health.image("b", k / 10)
+        health.served(k / 10)
+    assert level(health, 13.9) == {"occupancy": WARN, "a": ERROR, "b": OK}
+    assert "running without a" in health.report(13.9)[0].message
+
+
+def test_silence_of_the_output_is_an_error():
+    assert level(running(), 15.0)["occupancy"] == ERROR
+
+
+def test_latencies_are_percentiles_in_milliseconds():
+    health = Health(["a"], "net")
+    for k in range(1, 101):
+        health.took("network", k / 1000)
+    percentiles = health.latencies_ms()["network"]
+    assert 50 <= percentiles["p50"] <= 51 and 95 <= percentiles["p95"] <= 96 and 99 <= percentiles["p99"] <= 100
+
+
+def test_the_collectors_totals_replace_they_do_not_add():
+    health = Health(["a"], "net")
+    for _ in range(2):
+        health.collected(Counter({(0, "late"): 3, (None, "too few cameras"): 1}))
+    whole, camera = health.report(0.0)
+    assert camera.values["dropped: late"] == 3 and whole.values["sets dropped: too few cameras"] == 1
+
+
+def test_log_lines_are_throttled_by_key_and_news_come_once():
+    health = Health(["a"], "net")
+    assert [health.may_say("x", t) for t in (0.0, 4.9, 5.1)] == [True, False, True]
+    assert health.may_say("y", 1.0)
+    health.dropped("a", "broken image", "first")
+    health.dropped("a", "broken image", "second")
+    assert health.news() == [("a", "second")] and health.news() == []
