@@ -1,0 +1,108 @@
+"""What do the pictures say about a point in space? Multi-view, multi-level feature sampling.
+
+B batch, T time, N cameras, L pyramid levels, R rows (cells of all levels of one camera), G channel groups, C channels
+of a group, Q queries, S points of a query's group.
+
+Each point is looked up in one camera per time, the first (in camera order) whose picture holds it, bilinearly in every
+level, and the levels are averaged by the point's own weights (arXiv 2308.09244, section 3.3, and 2409.09350).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPS = 1e-5  # m: what is nearer to a camera's plane than this counts as behind it (SparseBEV, `sampling_4d`)
+
+
+def flatten_levels(levels: Sequence[Tensor]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    """Maps (..., G*C, H_l, W_l), finest first -> rows (..., R, G*C), level after level, and the sizes (H_l, W_l)."""
+    rows = torch.cat([level.flatten(-2).mT for level in levels], dim=-2)
+    return rows, tuple((level.shape[-2], level.shape[-1]) for level in levels)
+
+
+def sample(
+    rows: Sequence[Sequence[Tensor]],
+    sizes: Sequence[tuple[int, int]],
+    picture: tuple[int, int],
+    pixels_from_now: Tensor,
+    used: Tensor,
+    points: Tensor,
+    weights: Tensor,
+    as_published: bool,
+) -> Tensor:
+    """The features of points in space, (B, Q, G, T*S, C), time-major along T*S.
+
+    rows: rows[b][t] is (N, R, G*C), as `flatten_levels` makes them; apart, so that a memory need not be copied.
+    sizes: (H_l, W_l) of the L levels. picture: height and width in pixels of what `pixels_from_now` projects into.
+    pixels_from_now: (B, T, N, 3, 4), car frame now -> (u d, v d, d). used: (B, T, N) bool.
+    points: (B, Q, G, S, 3) metres, car frame now. weights: (B, Q, G, S, L).
+
+    A camera that is not used is never looked into. `as_published` chooses between two sets of rules:
+    - True, for published weights (SparseBEV `models/sparsebev_sampling.py`, OPUS `models/opus_sampling.py` at dde4209):
+      a point that no camera sees is still read from camera 0, fading out within one cell of its border; the corner
+      cells' centres lie on the picture's corners; and time t of group g takes the level weights of group
+      (t*G + g) // T, because the authors' code flattens features in the order (T, G) and weights in the order (G, T).
+    - False: a point that no camera sees is zero, cells are squares that tile the picture, every group takes its
+      own weights.
+    """
+    b, t, n = used.shape
+    _, q, g, s, _ = points.shape
+    total = sum(height * width for height, width in sizes)
+    assert pixels_from_now.shape == (b, t, n, 3, 4), pixels_from_now.shape
+    assert points.shape == (b, q, g, s, 3), points.shape
+    assert weights.shape == (b, q, g, s, len(sizes)), weights.shape
+    assert len(rows) == b and all(len(lane) == t for lane in rows), [len(lane) for lane in rows]
+    channels = rows[0][0].shape[-1] // g
+    assert all(r.shape == (n, total, g * channels) for lane in rows for r in lane), rows[0][0].shape
+
+    # ---- which camera, and where in its picture: (B, T, P) with P = Q*S*G, group fastest as in the rows
+    flat = points.transpose(2, 3).reshape(b, 1, 1, q * s * g, 3)
+    seen = flat @ pixels_from_now[..., :3].mT + pixels_from_now[..., None, :, 3]  # (B, T, N, P, 3)
+    depth = seen[..., 2]
+    u = seen[..., 0] / depth.clamp_min(EPS) / picture[1]
+    v = seen[..., 1] / depth.clamp_min(EPS) / picture[0]
+    valid = (depth > EPS) & (u > 0) & (u < 1) & (v > 0) & (v < 1) & used[..., None]
+    view = valid.to(torch.uint8).argmax(dim=2, keepdim=True)  # the first of equals: camera 0 where nothing is valid
+    u, v = u.gather(2, view)[:, :, 0], v.gather(2, view)[:, :, 0]
+    counts = used[..., None] if as_published else valid
+    counts = counts.expand_as(valid).gather(2, view)[:, :, 0]
+    view = view[:, :, 0]
+
+    # ---- the level weights of each time: (B, T, P, L)
+    if as_published:
+        times, groups = torch.arange(t), torch.arange(g)
+        group = (times[:, None] * g + groups) // t  # (T, G)
+        level_weights = weights[:, :, group.to(weights.device)]  # (B, Q, T, G, S, L)
+        level_weights = level_weights.permute(0, 2, 1, 4, 3, 5)
+    else:
+        level_weights = weights[:, None].transpose(3, 4).expand(b, t, q, s, g, len(sizes))
+    level_weights = level_weights.reshape(b, t, q * s * g, len(sizes)) * counts[..., None]
+
+    # ---- four corners of every level: which row, and how much of it, (B, T, P, 4 L)
+    group = torch.arange(g, device=points.device).repeat(q * s)
+    index, share, first = [], [], 0
+    for level, (height, width) in enumerate(sizes):
+        if as_published:
+            x, y = u * (width - 1), v * (height - 1)
+        else:  # within half a cell of the border the nearest cell is the best there is
+            x, y = (u * width - 0.5).clamp(0, width - 1), (v * height - 0.5).clamp(0, height - 1)
+        left, top = x.floor(), y.floor()
+        for cell_y, part_y in ((top, 1 - (y - top)), (top + 1, y - top)):
+            for cell_x, part_x in ((left, 1 - (x - left)), (left + 1, x - left)):
+                inside = (cell_x >= 0) & (cell_x < width) & (cell_y >= 0) & (cell_y < height)
+                cell = cell_y.clamp(0, height - 1).long() * width + cell_x.clamp(0, width - 1).long()
+                index.append(((view * total + first + cell) * g + group).clamp(0, n * total * g - 1))
+                share.append(part_x * part_y * inside * level_weights[..., level])
+        first += height * width
+    index, share = torch.stack(index, dim=-1), torch.stack(share, dim=-1)
+
+    # ---- gather: a weighted sum of rows for every point
+    sampled = [
+        F.embedding_bag(index[i, j], rows[i][j].reshape(-1, channels), mode="sum", per_sample_weights=share[i, j])
+        for i in range(b)
+        for j in range(t)
+    ]
+    sampled = torch.stack(sampled).view(b, t, q, s, g, channels)
+    return sampled.permute(0, 2, 4, 1, 3, 5).reshape(b, q, g, t * s, channels)

@@ -1,0 +1,118 @@
+"""A word -> a model with its weights; and back into a file that says what it is."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..geometry import Grid
+from ..systems import SYSTEMS
+from ..systems.base import load_strictly, seeded
+from .prepare import RESIZES
+
+FORMAT = "occflow"  # the key of our JSON in the file's metadata
+
+
+@dataclass(frozen=True)
+class Model:
+    """A system that is ready to be stepped."""
+
+    system: nn.Module  # a `systems.base.System`, in eval mode, on its device
+    name: str  # e.g. "opus-nano (untrained)"; predictions are signed with it
+    trained: bool
+    resize: str  # how its pictures must be resized: a word of `prepare.RESIZES`
+    weights: str | None  # SHA-256 of the file of the weights
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.system.parameters()).device
+
+
+def names() -> list[str]:
+    """All models that `load` knows."""
+    return [f"{system}-{preset}" for system, made in SYSTEMS.items() for preset in made.PRESETS]
+
+
+def load(
+    model: str = "opus-nano", weights: Path | str | None = None, device: str | torch.device = "cpu", seed: int = 0
+) -> Model:
+    """A model by its name, with the weights of a file that `save` wrote, or without one with random weights.
+
+    Without weights its name says "(untrained)", and the same seed gives the same weights. ValueError, in one sentence,
+    when the name is not known, the file is missing or not ours, or holds another model or tensors that do not fit.
+    """
+    system, preset = parse(model)
+    made = SYSTEMS[system]
+    if weights is None:
+        built = seeded(made(made.PRESETS[preset]), seed)
+        resize = "pillow" if built.config.as_published else "fast"
+        return Model(built.eval().to(device), f"{model} (untrained)", False, resize, None)
+    about, tensors, digest = _read(Path(weights))
+    if (about["system"], about["preset"]) != (system, preset):
+        raise ValueError(f"{weights} holds {about['system']}-{about['preset']}, not {model}")
+    try:
+        built = made(_config(type(made.PRESETS[preset]), about["config"]))
+        load_strictly(built, tensors)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{weights} does not fit {model}: {error}") from error
+    return Model(built.eval().to(device), model, True, about["resize"], digest)
+
+
+def save(system: nn.Module, model: str, resize: str, path: Path | str) -> None:
+    """Write weights so that `load(model, path)` has them back. The file appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    name, preset = parse(model)
+    if resize not in RESIZES or not isinstance(system, SYSTEMS[name]):
+        raise ValueError(f"save: {model} with resize {resize!r} does not describe a {type(system).__name__}")
+    about = {"system": name, "preset": preset, "resize": resize, "config": asdict(system.config)}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in system.state_dict().items()}
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, beside, metadata={FORMAT: json.dumps(about)})
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def parse(model: str) -> tuple[str, str]:
+    """"opus-nano" -> ("opus", "nano"). ValueError for unknown names, with the nearest one."""
+    if model not in names():
+        near = get_close_matches(model, names(), n=1, cutoff=0.0)[0]
+        raise ValueError(f"there is no model {model!r}; the nearest is {near!r}, all are: {', '.join(names())}")
+    system, preset = model.split("-", 1)
+    return system, preset
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
+    """What a file says about itself, its tensors, and its SHA-256."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"there is no file of weights at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError) as error:
+        hint = "`occflow convert` takes the authors' files"
+        raise ValueError(f"{path} is not a safetensors file ({error}); {hint}") from error
+    if not isinstance(about, dict) or not {"system", "preset", "resize", "config"} <= about.keys():
+        raise ValueError(f"{path} does not say which model it holds; `occflow convert` and `save` write files that do")
+    return about, tensors, sha256(path.read_bytes()).hexdigest()
+
+
+def _config(kind: type, told: dict[str, Any]) -> Any:
+    """A system's Config from what `asdict` made of it; nothing more, nothing less."""
+    expected = {f.name for f in fields(kind)}
+    if told.keys() != expected:
+        raise ValueError(f"its config differs in {sorted(told.keys() ^ expected)}")
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+    return kind(**{name: Grid(**value) if isinstance(value, dict) else value for name, value in tuples.items()})

@@ -1,0 +1,88 @@
+"""Frames in, predictions out: the one job of this package."""
+
+from dataclasses import replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ..geometry import rigid
+from ..ops import observed
+from ..types import NANO, Clip, Frame, Prediction
+from .load import Model
+from .prepare import prepare
+
+# What a rig may change by from frame to frame and still be the same. `car_from_camera` holds the car's own motion
+# between a camera's stamp and the frame's, so the older a picture is, the farther its camera may seem to have moved.
+FOCAL = 0.01  # share of the focal length; also of the picture, for the principal point
+SHIFT, SPEED = 0.5, 50.0  # m, m/s
+TURN, TURN_RATE = 0.1, 1.0  # rad, rad/s
+
+
+class Stream:
+    """One drive at a time, newest frame last. What it learned from a drive it forgets at the next."""
+
+    def __init__(self, model: Model, longest_gap: float = 2.0):
+        """longest_gap: s between two frames of one drive; after more, what was remembered is of no use."""
+        self.model, self.longest_gap = model, longest_gap
+        self.seconds: dict[str, float] = {}  # of each stage of the last step: prepare, network, decode, visibility
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a drive with the next frame, whatever it says."""
+        self.memory, self.last = None, None
+
+    @torch.inference_mode()
+    def step(self, frame: Frame) -> Prediction:
+        """Frames at camera size in the order of their stamps -> the prediction at the frame's stamp, on the CPU."""
+        clock = [perf_counter()]
+        system, device = self.model.system, self.model.device
+        frame = prepare(frame, system.config.height, system.config.width, self.model.resize)
+        clock.append(perf_counter())
+
+        if self.last is not None and not follows(self.last, frame, self.longest_gap):
+            self.forget()
+        output, memory = system(Clip.of(frame, after=self.last).to(device), self.memory)
+        self.memory, self.last = memory, frame  # together: a step that fails leaves the drive as it was
+        if device.type == "cuda":  # else its work would be counted as decoding
+            torch.cuda.synchronize(device)
+        clock.append(perf_counter())
+
+        prediction = system.decode(output)[0].to("cpu")
+        clock.append(perf_counter())
+
+        filled = prediction.labels != prediction.classes.free
+        seen = observed(filled, prediction.grid, frame.cameras, frame.used)
+        prediction = replace(prediction, unobserved=~seen)
+        clock.append(perf_counter())
+        stages = ("prepare", "network", "decode", "visibility")
+        self.seconds = {stage: end - start for stage, start, end in zip(stages, clock, clock[1:], strict=False)}
+        return prediction
+
+
+def follows(last: Frame, frame: Frame, longest_gap: float) -> bool:
+    """Is `frame` of the same drive and the same rig as `last`, not earlier, and not more than `longest_gap` s later?"""
+    gap = (frame.stamp - last.stamp) / NANO
+    same = (frame.drive, frame.names) == (last.drive, last.names) and frame.images.shape == last.images.shape
+    return same and 0 <= gap <= longest_gap and _same_rig(last, frame)
+
+
+def _same_rig(last: Frame, frame: Frame) -> bool:
+    both = last.used & frame.used
+    if not both.any():
+        return True
+    k_last, k = last.cameras.pixels_from_camera[both], frame.cameras.pixels_from_camera[both]
+    focal = torch.stack([k[:, 0, 0], k[:, 1, 1]]) / torch.stack([k_last[:, 0, 0], k_last[:, 1, 1]]) - 1
+    middle = (k[:, :2, 2] - k_last[:, :2, 2]) / k.new_tensor([frame.cameras.width, frame.cameras.height])
+    if max(float(focal.abs().max()), float(middle.abs().max())) > FOCAL:
+        return False
+    age = _age(last, both) + _age(frame, both)  # s
+    then_from_now = rigid.inverse(last.cameras.car_from_camera[both]) @ frame.cameras.car_from_camera[both]
+    moved = then_from_now[:, :3, 3].norm(dim=-1)
+    trace = then_from_now[:, :3, :3].diagonal(dim1=-2, dim2=-1).sum(-1)
+    turned = ((trace - 1) / 2).clamp(-1, 1).arccos()
+    return bool(((moved <= SHIFT + SPEED * age) & (turned <= TURN + TURN_RATE * age)).all())
+
+
+def _age(frame: Frame, cameras: Tensor) -> Tensor:
+    return (frame.stamp - frame.stamps[cameras]).abs().double() / NANO

@@ -1,0 +1,556 @@
+"""OPUS: occupancy as a set of points that a decoder moves and names.
+
+Paper: "OPUS: Occupancy Prediction Using a Sparse Set", arXiv 2409.09350 (NeurIPS 2024), version 1.
+Source: github.com/jbwang1997/OPUS at dde4209, MIT licence; nothing is copied. The presets tiny, small, medium and
+large are the paper's T, S, M and L and take the authors' weights through NAMES.
+
+Where we depart, always:
+- A voxel with more than ten points keeps the first ten in the order of the queries; the authors' kernel keeps any ten.
+- Every lane of a batch is decoded; the authors' loop is right for a batch of one only.
+- Points that are not finite fall out of the grid; the authors replace them by zeros.
+- A camera that is not used is never looked into.
+Where `Config.as_published` is off (our own recipes), also:
+- the sampling rules of `ops.sample`, and a query that carries one point samples within its offsets in metres
+  (as OPUS V2 does) instead of at one place.
+Where `Config.flow` is on: every point also has a velocity.
+
+B batch, T time (newest first), N cameras, R rows of a camera's pyramid, Q queries, P points of a query, G groups,
+S sampled points of a group and time, C channels, K classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..geometry import OCC3D_GRID, Cameras, Grid, rigid
+from ..nn import FPN, ResNet
+from ..types import OCC3D, OPENOCC, Classes, Clip, Prediction
+
+SPACING = 0.5  # s between the times of a window: nuScenes' key frames
+KEEP_EVERY = 0.25  # s: a frame enters the memory when the newest one there is this old
+JITTER = 0.015  # s by which a camera's clock may be early
+KEEP = 15  # frames in the memory: at KEEP_EVERY they reach back to the eighth time of a window
+
+MEAN = (123.675, 116.28, 103.53)  # RGB, of ImageNet, as torchvision's weights expect it
+STD = (58.395, 57.12, 57.375)
+LEVELS = 4
+CAP = 10  # points of a voxel that count (mmcv `Voxelization`, max_num_points)
+CENTRE_DISTANCE = 3.0  # m: a point this far from its query's mean is dropped (`opus_head.get_occ`, default)
+STEP = 0.5  # m by which an output of one of the point branches moves a point (configs, `scales`)
+
+
+@dataclass(frozen=True)
+class Config:
+    height: int  # pixels of the pictures the network takes
+    width: int  # pixels
+    queries: int  # each carries a bundle of points
+    refines: tuple[int, ...]  # points of a query after each decoder layer; as many layers as numbers
+    samples: int  # points looked up per query, group and time
+    depth: int = 50  # of the ResNet: 18 or 50
+    stem: int = 64  # channels of the ResNet's first layer; all others grow with it
+    channels: int = 256  # of the pyramid and of a query
+    groups: int = 4  # channel groups that look at places of their own
+    heads: int = 8  # of the attention among queries
+    mixed: int = 32  # points that the sampled ones are mixed into
+    hidden: int = 512  # channels inside the feed-forward block
+    frames: int = 8  # times of a window, SPACING apart
+    threshold: float = 0.5  # a score above this makes a voxel occupied
+    flow: bool = False  # whether each point has a velocity
+    as_published: bool = True  # the authors' sampling rules, oddities included; their weights need them
+    grid: Grid = field(default=OCC3D_GRID)  # where occupancy is told
+    classes: str = OCC3D.table  # which table of classes
+
+    def __post_init__(self):
+        if self.classes not in _TABLES:
+            raise ValueError(f"opus: classes must be one of {sorted(_TABLES)}, got {self.classes!r}")
+        if self.channels % self.groups or self.channels % self.heads:
+            raise ValueError(f"opus: {self.channels} channels: {self.groups} groups or {self.heads} heads do not divide them")
+        if not self.refines or min(*self.refines, self.queries, self.samples, self.frames) < 1:
+            raise ValueError("opus: refines, queries, samples and frames must be positive")
+
+    @property
+    def table(self) -> Classes:
+        return _TABLES[self.classes]
+
+
+_TABLES = {classes.table: classes for classes in (OCC3D, OPENOCC)}
+
+PRESETS = {
+    "tiny": Config(256, 704, queries=600, refines=(1, 4, 16, 32, 64, 128), samples=4),
+    "small": Config(256, 704, queries=1200, refines=(1, 4, 8, 16, 32, 64), samples=2),
+    "medium": Config(256, 704, queries=2400, refines=(1, 2, 4, 8, 16, 32), samples=2),
+    "large": Config(256, 704, queries=4800, refines=(1, 2, 4, 8, 16, 16), samples=2),
+    # ours: answers in a fraction of a second on two processor cores
+    "nano": Config(
+        128,
+        352,
+        queries=600,
+        refines=(4, 16, 64),
+        samples=2,
+        depth=18,
+        stem=32,
+        channels=96,
+        mixed=16,
+        hidden=192,
+        flow=True,
+        as_published=False,
+    ),
+}
+
+# The authors' parameter names -> ours (`systems.base.translate` says how to read it); None = known, dropped
+_LAYER = "pts_bbox_head.transformer.decoder.decoder_layers.#."
+NAMES = {
+    "img_backbone.": "backbone.",
+    "img_neck.lateral_convs.#.conv.": "neck.lateral.#.",
+    "img_neck.fpn_convs.#.conv.": "neck.output.#.",
+    "pts_bbox_head.init_points.weight": "queries.weight",
+    "pts_bbox_head.pc_range": None,  # these four must equal `Opus.constants`
+    "pts_bbox_head.scene_size": None,
+    "pts_bbox_head.voxel_size": None,
+    "pts_bbox_head.voxel_num": None,
+    _LAYER + "position_encoder.": "layers.#.position.",
+    _LAYER + "self_attn.attention.attn.in_proj_weight": "layers.#.attention.taken.weight",
+    _LAYER + "self_attn.attention.attn.in_proj_bias": "layers.#.attention.taken.bias",
+    _LAYER + "self_attn.attention.attn.out_proj.": "layers.#.attention.out.",
+    _LAYER + "self_attn.gen_tau.": "layers.#.attention.reach.",
+    _LAYER + "sampling.sampling_offset.": "layers.#.sampling.offset.",
+    _LAYER + "sampling.scale_weights.": "layers.#.sampling.levels.",
+    _LAYER + "mixing.parameter_generator.": "layers.#.mixing.matrices.",
+    _LAYER + "mixing.out_proj.": "layers.#.mixing.out.",
+    _LAYER + "ffn.layers.0.0.": "layers.#.feed.0.",
+    _LAYER + "ffn.layers.1.": "layers.#.feed.3.",
+    _LAYER + "norm#.": "layers.#.norm#.",
+    _LAYER + "cls_branch.": "layers.#.name.",
+    _LAYER + "reg_branch.": "layers.#.move.",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One instant of one lane, as the network sees it."""
+
+    rows: Tensor  # (N, R, C): each camera's pyramid
+    cameras: Cameras  # (N), car frame of that instant
+    used: Tensor  # (N,) bool
+    now_from_then: Tensor  # (4, 4) float64
+    age: float  # s before now
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Instants of the past, newest first, a tuple for each lane; `now` is that of the clip just seen."""
+
+    lanes: tuple[tuple[Entry, ...], ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What every decoder layer says, first layer first; P differs from layer to layer."""
+
+    points: tuple[Tensor, ...]  # (B, Q, P, 3) m, car frame now
+    logits: tuple[Tensor, ...]  # (B, Q, P, K)
+    flow: tuple[Tensor, ...] | None  # (B, Q, P, 2) m/s over ground, car frame now
+
+
+class Opus(nn.Module):
+    """Clips -> points with class scores (and velocities) -> occupancy. See `systems.base.System` for the contract."""
+
+    PRESETS, NAMES = PRESETS, NAMES
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.backbone = ResNet(config.depth, config.stem)
+        self.neck = FPN(self.backbone.channels, config.channels)
+        self.queries = nn.Embedding(config.queries, 3)  # where each query begins, fractions of the grid's box
+        before = (1, *config.refines[:-1])
+        self.layers = nn.ModuleList(Layer(config, *points) for points in zip(before, config.refines, strict=True))
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.initialise(prior=0.01)
+
+    @torch.no_grad()
+    def initialise(self, prior: float) -> None:
+        """Random weights as the authors draw them; `prior`: what a class scores before anything is learned."""
+        self.backbone.initialise()
+        self.neck.initialise()
+        nn.init.uniform_(self.queries.weight)
+        for layer in self.layers:
+            layer.initialise(prior)
+
+    def forward(self, clip: Clip, memory: Memory | None) -> tuple[Output, Memory]:
+        """A clip that brings `config.frames` times is the window; a shorter one is completed from memory."""
+        config = self.config
+        expected = (3, config.height, config.width)
+        if clip.images.shape[3:] != expected or clip.images.shape[1] > config.frames:
+            raise ValueError(
+                f"opus: expected at most {config.frames} times of pictures {expected}, got {tuple(clip.images.shape)}"
+            )
+        rows, sizes = self.encode(clip.images, clip.used)
+        windows, memory = _remember(clip, rows, memory, config.frames)
+
+        pixels_from_now = torch.stack([torch.stack([_pixels_from_now(e) for e in lane]) for lane in windows])
+        view = _View(
+            rows=[[entry.rows for entry in lane] for lane in windows],
+            sizes=sizes,
+            pixels_from_now=pixels_from_now,  # (B, T, N, 3, 4)
+            used=torch.stack([torch.stack([entry.used for entry in lane]) for lane in windows]),
+        )
+        unit = self.queries.weight[None, :, None].expand(len(windows), -1, -1, -1)  # (B, Q, 1, 3)
+        query = unit.new_zeros(len(windows), config.queries, config.channels)
+        points, logits, flow = [], [], []
+        for layer in self.layers:
+            query, unit, named, moving = layer(query, unit.detach(), view)
+            points.append(config.grid.metres(unit))
+            logits.append(named)
+            flow.append(moving)
+        return Output(tuple(points), tuple(logits), tuple(flow) if config.flow else None), memory
+
+    def encode(self, images: Tensor, used: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """Pictures (B, T, N, 3, H, W) uint8 -> pyramids (B, T, N, R, C) and the sizes of their levels."""
+        pictures = ((images.flatten(0, 2) - self.mean) / self.std) * used.flatten()[:, None, None, None]
+        levels = self.neck(self.backbone(pictures.contiguous(memory_format=torch.channels_last)))
+        rows, sizes = ops.flatten_levels(levels)
+        return rows.unflatten(0, images.shape[:3]), sizes
+
+    @torch.no_grad()
+    def decode(self, output: Output) -> list[Prediction]:
+        """One prediction a lane, from the last layer (`opus_head.get_occ`)."""
+        flow = [None] * len(output.points[-1]) if output.flow is None else output.flow[-1]
+        lanes = zip(output.points[-1], output.logits[-1], flow, strict=True)
+        return [_decode(points, logits, moving, self.config) for points, logits, moving in lanes]
+
+    def constants(self) -> dict[str, Tensor]:
+        """The authors' buffers that say which grid their weights are for."""
+        grid = self.config.grid
+        return {
+            "pts_bbox_head.pc_range": torch.tensor((*grid.low, *grid.high)),
+            "pts_bbox_head.scene_size": torch.tensor(grid.size),
+            "pts_bbox_head.voxel_size": torch.tensor(grid.voxel),
+            "pts_bbox_head.voxel_num": torch.tensor(grid.shape),
+        }
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def _remember(clip: Clip, rows: Tensor, memory: Memory | None, frames: int) -> tuple[list[list[Entry]], Memory]:
+    """The window of every lane, `frames` entries each, and what to remember."""
+    if memory is not None and len(memory.lanes) != len(clip.fresh):
+        raise ValueError(f"opus: memory of {len(memory.lanes)} lanes for a clip of {len(clip.fresh)}")
+    ages, since_last, fresh = clip.age.tolist(), clip.since_last.tolist(), clip.fresh.tolist()
+    now_from_then, now_from_last = clip.now_from_then.double(), clip.now_from_last.double()
+    windows, lanes = [], []
+    for b, forget in enumerate(fresh):
+        given = [
+            Entry(rows[b, t], clip.cameras[b, t], clip.used[b, t], now_from_then[b, t], age)
+            for t, age in enumerate(ages[b])
+        ]
+        past = []
+        if memory is not None and not forget:
+            past = [
+                Entry(e.rows, e.cameras, e.used, now_from_last[b] @ e.now_from_then, e.age + since_last[b])
+                for e in memory.lanes[b]
+            ]
+        if any(e.rows.shape != rows.shape[2:] for e in past):
+            raise ValueError("opus: the cameras or pictures of a lane changed without a fresh start")
+        windows.append(given if len(given) == frames else _window(given + past, frames))
+        for entry in reversed(given):  # oldest first
+            if not past or past[0].age - entry.age >= KEEP_EVERY - JITTER:
+                kept = Entry(entry.rows.detach(), entry.cameras, entry.used, entry.now_from_then, entry.age)
+                past = [kept, *past]
+        lanes.append(tuple(past[:KEEP]))
+    return windows, Memory(tuple(lanes))
+
+
+def _window(entries: Sequence[Entry], frames: int) -> list[Entry]:
+    """Now, and for each earlier time the entry nearest to it: the oldest again and again where a drive begins."""
+    return [min(entries, key=lambda e: abs(e.age - k * SPACING)) if k else entries[0] for k in range(frames)]
+
+
+def _pixels_from_now(entry: Entry) -> Tensor:
+    """(N, 3, 4) float32, composed in float64."""
+    cameras = entry.cameras.to(torch.float64)
+    return (cameras.pixels_from_car() @ rigid.inverse(entry.now_from_then)).float()
+
+
+# ---- decoder --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _View:
+    """What the decoder looks at: see `ops.sample` for the shapes."""
+
+    rows: list[list[Tensor]]
+    sizes: tuple[tuple[int, int], ...]
+    pixels_from_now: Tensor
+    used: Tensor
+
+
+class Layer(nn.Module):
+    """Look, mix, talk to the other queries, move and name the points."""
+
+    def __init__(self, config: Config, before: int, after: int):
+        super().__init__()
+        c, self.config, self.after = config.channels, config, after
+        self.position = nn.Sequential(
+            nn.Linear(3 * before, c), nn.LayerNorm(c), nn.ReLU(), nn.Linear(c, c), nn.LayerNorm(c), nn.ReLU()
+        )
+        self.sampling = Sampling(config)
+        self.mixing = Mixing(c, config.groups, config.samples * config.frames, config.mixed)
+        self.attention = Attention(c, config.heads)
+        self.feed = nn.Sequential(
+            nn.Linear(c, config.hidden), nn.ReLU(), nn.Dropout(0.1), nn.Linear(config.hidden, c), nn.Dropout(0.1)
+        )
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(c), nn.LayerNorm(c), nn.LayerNorm(c)
+        self.name = nn.Sequential(
+            *(nn.Linear(c, c), nn.LayerNorm(c), nn.ReLU()),
+            *(nn.Linear(c, c), nn.LayerNorm(c), nn.ReLU()),
+            nn.Linear(c, after * len(config.table.names)),
+        )
+        self.move = _branch(c, 3 * after)
+        self.flow = _branch(c, 2 * after) if config.flow else None
+
+    def initialise(self, prior: float) -> None:
+        self.sampling.initialise()
+        self.mixing.initialise()
+        self.attention.initialise()
+        nn.init.constant_(self.name[-1].bias, torch.logit(torch.tensor(prior, dtype=torch.float64)).item())
+
+    def forward(self, query: Tensor, unit: Tensor, view: _View) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries (B, Q, C) with points (B, Q, P, 3), fractions of the box -> both anew, logits, velocities or None."""
+        grid = self.config.grid
+        b, q, _, _ = unit.shape
+        points = grid.metres(unit)
+        centre = points.mean(dim=2)  # (B, Q, 3)
+        query = query + self.position(unit.flatten(2))
+        query = self.norm1(self.mixing(self.sampling(query, points, view), query))
+        query = self.norm2(self.attention(query, centre))
+        query = self.norm3(query + self.feed(query))
+        logits = self.name(query).view(b, q, self.after, -1)
+        moved = centre[:, :, None] + STEP * self.move(query).view(b, q, self.after, 3)
+        flow = None if self.flow is None else self.flow(query).view(b, q, self.after, 2)
+        return query, grid.unit(moved), logits, flow
+
+
+def _branch(channels: int, out: int) -> nn.Sequential:
+    c = channels
+    return nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU(), nn.Linear(c, out))
+
+
+class Sampling(nn.Module):
+    """Where to look, and in which levels."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.offset = nn.Linear(config.channels, config.groups * config.samples * 3)
+        self.levels = nn.Linear(config.channels, config.groups * config.samples * LEVELS)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        nn.init.zeros_(self.offset.weight)
+        nn.init.uniform_(self.offset.bias, -0.5, 0.5)
+
+    def forward(self, query: Tensor, points: Tensor, view: _View) -> Tensor:
+        """Queries (B, Q, C) with points (B, Q, P, 3) in metres -> (B, Q, G, T*S, C/G)."""
+        c = self.config
+        b, q, p, _ = points.shape
+        if p > 1:
+            spread = points.std(dim=2, keepdim=True)
+        else:  # the authors look at one place then; see the departures at the top
+            spread = torch.full_like(points, 0.0 if c.as_published else 1.0)
+        offset = self.offset(query).view(b, q, c.groups * c.samples, 3)
+        places = (points.mean(dim=2, keepdim=True) + offset * spread).view(b, q, c.groups, c.samples, 3)
+        weights = self.levels(query).view(b, q, c.groups, c.samples, LEVELS).softmax(dim=-1)
+        return ops.sample(
+            view.rows,
+            view.sizes,
+            (c.height, c.width),
+            view.pixels_from_now,
+            view.used,
+            places,
+            weights,
+            as_published=c.as_published,
+        )
+
+
+class Mixing(nn.Module):
+    """Sampled points mixed by matrices that the query makes (AdaMixer, arXiv 2203.16507), added to the query."""
+
+    def __init__(self, channels: int, groups: int, taken: int, given: int):
+        super().__init__()
+        self.groups, self.taken, self.given, self.inner = groups, taken, given, channels // groups
+        self.matrices = nn.Linear(channels, groups * (self.inner**2 + taken * given))
+        self.out = nn.Linear(given * channels, channels)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        nn.init.zeros_(self.matrices.weight)
+
+    def forward(self, sampled: Tensor, query: Tensor) -> Tensor:
+        b, q, g, p, c = sampled.shape
+        assert (g, p, c) == (self.groups, self.taken, self.inner), sampled.shape
+        by_channel, by_point = self.matrices(query).view(b, q, g, -1).split([c * c, p * self.given], dim=-1)
+        x = sampled @ by_channel.reshape(b, q, g, c, c)
+        x = F.relu(F.layer_norm(x, (p, c)))
+        x = by_point.reshape(b, q, g, self.given, p) @ x
+        x = F.relu(F.layer_norm(x, (self.given, c)))
+        return query + self.out(x.flatten(2))
+
+
+class Attention(nn.Module):
+    """Queries attend to each other, the less the farther apart, each head with a reach of the query's own choice."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.taken = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        self.reach = nn.Linear(channels, heads)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        nn.init.xavier_uniform_(self.taken.weight)  # as torch.nn.MultiheadAttention, which the authors use
+        nn.init.zeros_(self.taken.bias)
+        nn.init.zeros_(self.out.bias)
+        nn.init.zeros_(self.reach.weight)
+        nn.init.uniform_(self.reach.bias, 0.0, 2.0)
+
+    def forward(self, query: Tensor, centre: Tensor) -> Tensor:
+        """Queries (B, Q, C) at (B, Q, 3) metres."""
+        b, q, c = query.shape
+        distance = _distances(centre.detach())
+        mask = -distance[:, None] * self.reach(query).mT[..., None]  # (B, heads, Q, Q): the row's reach counts
+        parts = self.taken(query).view(b, q, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        dropout = 0.1 if self.training else 0.0
+        talked = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout)
+        return query + self.out(talked.transpose(1, 2).reshape(b, q, c))
+
+
+def _distances(centre: Tensor) -> Tensor:
+    """(B, Q, 3) -> (B, Q, Q) m, by differences: the quick way through products loses centimetres in float32."""
+    return torch.cdist(centre, centre, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+# ---- points -> voxels -----------------------------------------------------------------------------------------------
+
+
+def _decode(points: Tensor, logits: Tensor, flow: Tensor | None, config: Config) -> Prediction:
+    """Points (Q, P, 3) m, logits (Q, P, K), flow (Q, P, 2) or None -> one prediction."""
+    grid, classes, threshold = config.grid, config.table, config.threshold
+    volume = len(grid)
+
+    # ---- points that count: near their query's middle, sure of something, inside, the first CAP of their voxel
+    near = (points - points.mean(dim=1, keepdim=True)).norm(dim=-1) < CENTRE_DISTANCE
+    chosen = (near & (logits.amax(-1).sigmoid() > threshold)).flatten().nonzero()[:, 0]
+    index, inside = grid.index(points.flatten(0, 1)[chosen])
+    chosen, index = chosen[inside], index[inside]
+    voxel = (index[:, 0] * grid.shape[1] + index[:, 1]) * grid.shape[2] + index[:, 2]
+    voxel, order = voxel.sort(stable=True)
+    chosen = chosen[order]
+    place, counts = voxel.unique_consecutive(return_inverse=True, return_counts=True)[1:]
+    rank = torch.arange(len(voxel), device=voxel.device) - (counts.cumsum(0) - counts)[place]
+    kept = rank < CAP
+    voxel, chosen, place = voxel[kept], chosen[kept], place[kept]
+
+    # ---- their mean
+    where = voxel[torch.cat([place.new_ones(1), place.diff()])[: len(place)].bool()]  # (V,) each voxel once
+    counts = counts.clamp_max(CAP)[:, None]
+    scores = logits.new_zeros(len(where), logits.shape[-1])
+    scores = scores.index_add(0, place, logits.flatten(0, 1)[chosen].sigmoid()) / counts
+    speed = None
+    if flow is not None:
+        speed = flow.new_zeros(len(where), 2).index_add(0, place, flow.flatten(0, 1)[chosen]) / counts
+
+    # ---- voxels that are sure of something, and what the closing adds between them
+    sure = (scores > threshold).any(-1)
+    where, scores = where[sure], scores[sure]
+    best, label = scores.max(-1)
+    added, added_label, added_best = _closing(where, scores, grid.shape, threshold)
+    labels = torch.full((volume,), classes.free, dtype=torch.uint8, device=points.device)
+    score = points.new_zeros(volume)
+    labels[where], score[where] = label.to(torch.uint8), best
+    labels[added], score[added] = added_label.to(torch.uint8), added_best
+    dense = None
+    if speed is not None:
+        dense = points.new_zeros(volume, 2)
+        dense[where] = speed[sure]
+        dense[added] = _neighbours_mean(where, speed[sure], added, grid.shape)
+    shape = grid.shape
+    return Prediction(
+        grid,
+        classes,
+        labels.view(shape),
+        score.view(shape),
+        None if dense is None else dense.view(*shape, 2),
+    )
+
+
+def _closing(where: Tensor, scores: Tensor, shape: tuple[int, int, int], threshold: float):
+    """What a greyscale closing (3x3x3 maximum, then minimum, class by class) lifts above the threshold.
+
+    where (V,) flat indices of the voxels with scores (V, K), each with one above the threshold; none elsewhere.
+    -> flat indices (A,) of further voxels, their best class (A,) and its closed score (A,).
+
+    The same as two dense 3-D poolings of K volumes, in a hundredth of their time: which voxels and classes is decided
+    for all classes at once by bits, how much only where it is needed. Outside the grid nothing is, and nothing erodes.
+    """
+    device = where.device
+    x, y, z = shape
+    assert scores.shape[1] < 63, scores.shape
+    bits = torch.zeros(x + 2, y + 2, z + 2, dtype=torch.int64, device=device)  # a shell of empty voxels around the grid
+    across, along = (y + 2) * (z + 2), z + 2
+    centre = (where // (y * z) + 1) * across + (where // z % y + 1) * along + where % z + 1
+    above = scores > threshold  # (V, K)
+    bits.view(-1)[centre] = (above.long() << torch.arange(scores.shape[1], device=device)).sum(-1)
+    closed = torch.full_like(bits, -1)
+    closed[1:-1, 1:-1, 1:-1] = _three(bits, torch.bitwise_or)
+    closed = _three(closed, torch.bitwise_and).view(-1)
+    closed[where] = 0  # what is sure already stays as it is
+    added = closed.nonzero()[:, 0]
+    padded = (added // (y * z) + 1) * across + (added // z % y + 1) * along + added % z + 1
+    has = closed[added]
+
+    step = torch.arange(-1, 2, device=device)
+    around = (step[:, None, None] * across + step[:, None] * along + step).flatten()  # (27,)
+    best, label = scores.new_zeros(len(added)), added.new_zeros(len(added))
+    for k in range(scores.shape[1]):
+        asked = (has >> k & 1).nonzero()[:, 0]
+        if not len(asked):
+            continue
+        widened = scores.new_zeros(x + 2, y + 2, z + 2)
+        from_, value = centre[above[:, k]], scores[above[:, k], k]
+        for offset in around.tolist():
+            to = from_ + offset
+            widened.view(-1)[to] = torch.maximum(widened.view(-1)[to], value)
+        for axis, last in enumerate((x + 1, y + 1, z + 1)):
+            widened.select(axis, 0).fill_(torch.inf)
+            widened.select(axis, last).fill_(torch.inf)
+        value = widened.view(-1)[padded[asked, None] + around].amin(-1)
+        better = value > best[asked]
+        best[asked] = torch.where(better, value, best[asked])
+        label[asked] = torch.where(better, k, label[asked])
+    return added, label, best
+
+
+def _three(volume: Tensor, join) -> Tensor:
+    """Join each inner voxel with its 26 neighbours, one axis after the other."""
+    for axis in range(3):
+        n = volume.shape[axis] - 2
+        volume = join(join(volume.narrow(axis, 0, n), volume.narrow(axis, 1, n)), volume.narrow(axis, 2, n))
+    return volume
+
+
+def _neighbours_mean(where: Tensor, values: Tensor, asked: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Mean of values (V, D) at flat voxels (V,) over the 3x3x3 neighbourhood of others (A,) -> (A, D)."""
+    x, y, z = shape
+    summed = values.new_zeros(x + 2, y + 2, z + 2, values.shape[1] + 1)
+    inner = summed[1:-1, 1:-1, 1:-1]
+    inner[where // (y * z), where // z % y, where % z] = torch.cat([values, torch.ones_like(values[:, :1])], dim=-1)
+    total = _three(summed, torch.add).reshape(x * y * z, -1)[asked]
+    return total[:, :-1] / total[:, -1:].clamp_min(1)
