@@ -1,0 +1,34 @@
+# Everything happens in .venv, which tools/setup.py makes and keeps; a second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+ARGS ?=
+
+# A sourced ROS would mix with the one in .venv: these targets do not see it.
+ifneq ($(AMENT_PREFIX_PATH)$(_ROS_WHEELS_BOOTSTRAP_COMPLETE),)
+unexport LD_LIBRARY_PATH PYTHONPATH CMAKE_PREFIX_PATH PKG_CONFIG_PATH
+endif
+unexport AMENT_PREFIX_PATH COLCON_PREFIX_PATH ROS_DISTRO ROS_VERSION ROS_PYTHON_VERSION RMW_IMPLEMENTATION
+unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+setup:  ## make .venv with everything: PyTorch, ROS 2, our messages, the test tools
+	@$(PYTHON) tools/setup.py test
+
+demo:  ## six recorded cameras through the real node over ROS 2; pictures and numbers in out/demo
+	@$(PYTHON) tools/setup.py run
+	$(VENV)/bin/occflow demo $(ARGS)
+
+lint: setup  ## ruff
+	$(VENV)/bin/ruff check .
+
+test: setup lint  ## ruff and the whole test suite; ARGS="-k words" picks some
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+clean:  ## remove .venv and everything that was built
+	rm -rf $(VENV) out build install log *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
