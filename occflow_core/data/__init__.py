@@ -1,0 +1,1 @@
+"""Recordings and generated pictures as Frames, and Frames as rosbag2."""
