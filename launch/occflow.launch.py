@@ -23,7 +23,9 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription(
         [
             DeclareLaunchArgument(
-                "params", default_value=str(share / "config" / "occflow.yaml"), description="YAML of the node's parameters"
+                "params",
+                default_value=str(share / "config" / "occflow.yaml"),
+                description="YAML file of the node's parameters",
             ),
             DeclareLaunchArgument("bag", default_value="", description="rosbag2 folder to replay; empty: live cameras"),
             DeclareLaunchArgument("rate", default_value="1.0", description="speed of the replay"),

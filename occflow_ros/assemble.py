@@ -71,7 +71,7 @@ class Collector:
         if cameras < 1 or len(offsets) != cameras or not 1 <= min_cameras <= cameras or period <= 0 or deadline <= 0:
             raise ValueError(
                 f"a collector needs cameras >= 1 (got {cameras}), an offset for each (got {len(offsets)}), "
-                f"1 <= min_cameras <= cameras (got {min_cameras}), and period and deadline > 0 (got {period}, {deadline})"
+                f"1 <= min_cameras <= cameras (got {min_cameras}), period and deadline > 0 (got {period}, {deadline})"
             )
         self.cameras, self.min_cameras, self.deadline = cameras, min_cameras, deadline
         self.offsets = [round(offset * NANO) for offset in offsets]

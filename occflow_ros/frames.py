@@ -112,8 +112,8 @@ class TransformBuffer:
             for frame in (target, source):
                 if frame not in known:
                     raise TransformError(
-                        f"no transform {target} <- {source} at {_seconds(stamp)} s: TF has not named {frame} (heard of: "
-                        f"{', '.join(known) or 'nothing at all'})"
+                        f"no transform {target} <- {source} at {_seconds(stamp)} s: TF has not named {frame} "
+                        f"(heard of: {', '.join(known) or 'nothing at all'})"
                     )
             raise TransformError(
                 f"no transform {target} <- {source} at {_seconds(stamp)} s: {target} hangs under {up_target[-1]}, "

@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import rclpy
+import torch
 from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from visualization_msgs.msg import MarkerArray
@@ -49,6 +52,7 @@ class OccupancyNode(LifecycleNode):
     def __init__(self, **arguments):
         super().__init__("occflow", **arguments)
         parameters.declare(self)
+        self.add_on_set_parameters_callback(self._on_set_parameters)
         self.settings: Settings | None = None
         self.health: Health | None = None
         self._worker: threading.Thread | None = None
@@ -64,15 +68,17 @@ class OccupancyNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         try:
             self.settings = s = parameters.read(self)
-            self._model = load(s.model, s.weights or None, device=s.device, threads=s.threads)
+            if s.threads:
+                torch.set_num_threads(s.threads)
+            self._model = load(s.model, s.weights or None, device=_device(s.device))
             self._stream = Stream(self._model, longest_gap=s.longest_gap)
-            self._stream.warm_up(len(s.cameras))
+            self._stream.warm_up(s.cameras)
         except (ParameterProblem, ValueError, OSError, RuntimeError) as problem:
             self.get_logger().error(f"configure failed: {problem}")
             self._reset()
             return TransitionCallbackReturn.FAILURE
         self.health = Health(s.cameras, self._model.name)
-        self._transforms = TransformBuffer(s.tf_keep, s.clock_jump)
+        self._transforms = TransformBuffer(jump=s.clock_jump)
         self._calibrations = [None] * len(s.cameras)
         self._out = self.create_lifecycle_publisher(_message("occflow_msgs", "VoxelFlow"), "~/occupancy", 1)
         self._out_points = self.create_lifecycle_publisher(PointCloud2, "~/points", 1)
@@ -93,7 +99,7 @@ class OccupancyNode(LifecycleNode):
         self._configured.append((self.destroy_publisher, self._out_diagnostics))
         self.get_logger().info(f"configured: {self._model.name} on {self._model.device}, {len(s.cameras)} cameras")
         if not self._model.trained:
-            self.get_logger().warning(f"{self._model.name}: weights are random numbers, what is published means nothing")
+            self.get_logger().warning(f"{self._model.name}: random weights, what is published means nothing")
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -142,6 +148,12 @@ class OccupancyNode(LifecycleNode):
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         return self.on_cleanup(state)
+
+    def _on_set_parameters(self, changes: list[Parameter]) -> SetParametersResult:
+        """Parameters are read at configure: a change that would change nothing is refused, with the way to do it."""
+        if self._model is None or all(change.name == "use_sim_time" for change in changes):
+            return SetParametersResult(successful=True)
+        return SetParametersResult(successful=False, reason="read at configure: deactivate and cleanup first")
 
     def _stop(self) -> None:
         """Ends the worker and the subscriptions to images; twice does no harm."""
@@ -290,6 +302,17 @@ class OccupancyNode(LifecycleNode):
         self.health.took("publish", time.perf_counter() - converted)
 
 
+def _device(name: str) -> str:
+    """The device of the parameter's word. ParameterProblem where it is not here: no silent fall to the CPU."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    here = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or int(number or 0) >= here:
+        raise ParameterProblem(f"device: {name!r} is not here; auto, cpu or cuda:N (this machine has {here} of {kind})")
+    return name
+
+
 def _message(package: str, name: str):
     """A message class of a package that may be missing: SystemExit says so in one sentence."""
     try:
@@ -309,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
         rclpy.init(args=arguments)
         node = OccupancyNode()
     except (ParameterProblem, RuntimeError, ValueError, rclpy.exceptions.ROSInterruptException) as problem:
-        print(f"occflow: {problem}", file=sys.stderr)
+        print(f"occflow: {str(problem).split(', at /')[0].strip()}", file=sys.stderr)  # rcl adds its source lines
         return 1
     executor = SingleThreadedExecutor()
     executor.add_node(node)

@@ -60,7 +60,7 @@ def declare(node) -> None:
         for spec in fields(Settings):
             if spec.name != "camera":
                 node.declare_parameter(spec.name, _ros_value(spec.default), _descriptor(spec))
-        for name in node.get_parameter("cameras").value:
+        for name in _distinct(node.get_parameter("cameras").value):
             for spec in fields(CameraSettings):
                 value = spec.default.format(name) if isinstance(spec.default, str) else spec.default
                 node.declare_parameter(f"camera.{name}.{spec.name}", value, _descriptor(spec))
@@ -79,9 +79,7 @@ def declare(node) -> None:
 def read(node) -> Settings:
     """The values as they stand. ParameterProblem when they contradict each other."""
     values = {s.name: node.get_parameter(s.name).value for s in fields(Settings) if s.name != "camera"}
-    names = values["cameras"] = tuple(values["cameras"])
-    if not 1 <= len(names) <= 8 or len(set(names)) != len(names) or not all(names):
-        raise ParameterProblem(f"cameras: expected 1 to 8 different names, got {list(names)}")
+    names = values["cameras"] = _distinct(values["cameras"])
     undeclared = [n for n in names if not node.has_parameter(f"camera.{n}.image_topic")]
     if undeclared:
         raise ParameterProblem(f"cameras: {', '.join(undeclared)} was added after the start; restart the node for it")
@@ -95,6 +93,12 @@ def read(node) -> Settings:
     if len(set(topics)) != len(topics):
         raise ParameterProblem(f"camera: two cameras share an image topic: {sorted(topics)}")
     return Settings(**values, camera=cameras)
+
+
+def _distinct(names) -> tuple[str, ...]:
+    if not 1 <= len(names) <= 8 or len(set(names)) != len(names) or not all(names):
+        raise ParameterProblem(f"cameras: expected 1 to 8 different names, got {list(names)}")
+    return tuple(names)
 
 
 def _ros_value(value: Any) -> Any:

@@ -15,14 +15,15 @@ FLOORS = [  # low to high; rooms on one floor do not see each other
     {"runtime"},
     {"engine", "show"},
     {"occflow_ros", "recipes"},
-    {"bench", "demo"},
+    {"bench"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 NODE_SEES = {"occflow_ros", "runtime", "types", "geometry", "voxelflow"}  # no trainer, no dataset on the car
 # Guests sit at the top only of the files made for them; elsewhere inside the function that needs them
-HOSTS = {"occflow_ros": {"rclpy"}}
+HOSTS = {"occflow_ros": {"rclpy"}, "data": {"cv2"}, "show": {"cv2"}}
 GUESTS = {"rclpy", "triton", "numba", "rosbags", "cv2", "tyro", "tqdm", "simplejpeg", "rerun", "tensorboard", "PIL"}
 
 

@@ -57,7 +57,7 @@ def test_the_readers_formula_of_the_readme_gives_the_voxels_centre():
     fields = packed(prediction(2))
     nx, ny, _ = fields["grid_size"].astype(int)
     i = fields["index"].astype(int)
-    xyz = np.stack([i % nx, i // nx % ny, i // (nx * ny)], 1) * fields["voxel_size"] + GRID.low + fields["voxel_size"] / 2
+    xyz = (np.stack([i % nx, i // nx % ny, i // (nx * ny)], 1) + 0.5) * fields["voxel_size"] + GRID.low
     cells, inside = GRID.index(torch.from_numpy(xyz))
     assert inside.all()
     assert torch.equal(prediction(2).labels[tuple(cells.T)], torch.from_numpy(fields["label"]))

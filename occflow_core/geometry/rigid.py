@@ -18,7 +18,7 @@ def from_quaternion(wxyz, translation) -> Tensor:
     numbers = torch.tensor(wxyz + translation, dtype=torch.float64)
     if numbers.shape != (7,) or not torch.isfinite(numbers).all() or not numbers[:4].abs().max() > 1e-9:
         raise ValueError(
-            f"a pose needs a finite, non-zero quaternion (w x y z) and a finite translation, got {wxyz} and {translation}"
+            f"a pose needs a finite, non-zero quaternion (w x y z) and a finite translation, got {wxyz}, {translation}"
         )
     a_from_b = torch.eye(4, dtype=torch.float64)
     a_from_b[:3, :3] = torch.from_numpy(Quaternion(wxyz).normalised.rotation_matrix)

@@ -1,4 +1,4 @@
-"""Messages are checked before they are used, and what cannot be used is refused with what came and what was expected."""
+"""Messages are checked before they are used; what cannot be used is refused with what came and what was expected."""
 
 from types import SimpleNamespace
 

@@ -1,0 +1,182 @@
+"""Timings. What is measured here is printed with the machine it ran on; nothing is asserted."""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .geometry import OCC3D_GRID, rigid
+from .types import OPENOCC, Prediction
+
+
+def bench_node(sets: int, pictures: Path | None = None) -> dict[str, Any]:
+    """The node's own cost for a set of six JPEGs: everything from the bytes on the wire to the bytes on the wire, but
+    the network. Needs ROS. Stages, each in ms (p50, p95, p99):
+
+    receive: CDR -> CompressedImage, six times; collect: checks and collector; decode; assemble: transforms and Frame;
+    convert: Prediction -> VoxelFlow (40,000 voxels, 10,000 of them moving); publish: to a subscriber over DDS.
+    """
+    import rclpy
+    from occflow_msgs.msg import VoxelFlow
+    from rclpy.serialization import deserialize_message, serialize_message
+    from sensor_msgs.msg import CompressedImage
+
+    from occflow_ros import convert
+    from occflow_ros.assemble import Calibration, Collector
+    from occflow_ros.frames import TransformBuffer
+    from occflow_ros.health import Health
+    from occflow_ros.pipeline import Pipeline
+
+    jpegs = _read_pictures(pictures) if pictures is not None else _generated_pictures()
+    height, width = jpegs[0][1]
+    names = [f"cam_{i}" for i in range(len(jpegs))]
+    prediction = _full_prediction()
+    transforms = TransformBuffer(keep=1e6)
+    for i, name in enumerate(names):
+        mount = rigid.from_quaternion((0.5, -0.5, 0.5, -0.5), (1.5, 0.1 * i, 1.5))
+        transforms.add("base_link", name, 0, mount, static=True)
+    k = np.array([[1260.0, 0, width / 2], [0, 1260.0, height / 2], [0, 0, 1]])
+    calibrations = tuple(Calibration(k, height, width, name) for name in names)
+    health = Health(names, "bench")
+    pipeline = Pipeline(names, transforms, _Still(prediction), health, "map", "base_link", 0.0, len(names))
+    collector = Collector(len(names), 1 / 12)
+
+    rclpy.init()
+    node = rclpy.create_node("occflow_bench")
+    publisher = node.create_publisher(VoxelFlow, "~/occupancy", 1)
+    heard = []
+    node.create_subscription(VoxelFlow, "~/occupancy", heard.append, 1, raw=True)
+    executor = rclpy.executors.SingleThreadedExecutor()
+    executor.add_node(node)
+    stages: dict[str, list[float]] = {}
+    try:
+        for k in range(-3, sets):  # three to warm up
+            stamp = 1_000_000_000 + (k + 3) * 83_000_000
+            transforms.add("map", "base_link", stamp - 40_000_000, torch.eye(4, dtype=torch.float64), static=False)
+            transforms.add("map", "base_link", stamp + 40_000_000, torch.eye(4, dtype=torch.float64), static=False)
+            wire = []
+            for (data, _), name in zip(jpegs, names, strict=True):
+                message = CompressedImage(format="jpeg")
+                message.header.frame_id, message.header.stamp = name, convert.time_message(stamp)
+                message.data.frombytes(data)
+                wire.append(serialize_message(message))
+            times = [("receive", time.perf_counter())]
+            messages = [deserialize_message(bytes_, CompressedImage) for bytes_ in wire]
+            times.append(("collect", time.perf_counter()))
+            ready = []
+            for i, message in enumerate(messages):
+                picture = convert.compressed_picture(message)
+                ready += collector.add(i, convert.nanoseconds(message.header.stamp), picture, time.monotonic())
+            times.append(("serve", time.perf_counter()))
+            served = pipeline.serve(ready[0], calibrations)
+            times.append(("convert", time.perf_counter()))
+            flow = convert.voxel_flow(served.prediction, stamp, "base_link", names, served.images.stamps, "bench", 0.2)
+            times.append(("publish", time.perf_counter()))
+            publisher.publish(flow)
+            times.append(("", time.perf_counter()))
+            executor.spin_once(timeout_sec=0.5)
+            if k >= 0:
+                took = {name: t1 - t0 for (name, t0), (_, t1) in zip(times, times[1:], strict=False)}
+                for name, seconds in took.items():
+                    stages.setdefault(name, []).append(seconds)
+                stages.setdefault("all", []).append(sum(took.values()))
+    finally:
+        pipeline.close()
+        node.destroy_node()
+        rclpy.try_shutdown()
+    if len(heard) < sets:
+        raise RuntimeError(f"of {sets + 3} messages only {len(heard)} were heard: publishing was not measured")
+    within = {name: stage for name, stage in health.latencies_ms().items() if name in ("decode", "assemble")}
+    rows = {name: _percentiles(values) for name, values in stages.items() if name != "serve"}
+    order = ("receive", "collect", "decode", "assemble", "convert", "publish", "all")
+    return {
+        "what": f"node without network, {len(jpegs)} JPEGs of {width} x {height}, {sets} sets",
+        "machine": machine(),
+        "ms": {name: {**rows, **within}[name] for name in order},
+    }
+
+
+class _Still:
+    """A stream whose network costs nothing."""
+
+    def __init__(self, prediction: Prediction):
+        self.prediction, self.seconds = prediction, {}
+
+    def step(self, frame) -> Prediction:
+        return self.prediction
+
+
+def _full_prediction() -> Prediction:
+    """40,000 filled voxels, 10,000 of them moving: twice what a nuScenes street has."""
+    rng = torch.Generator().manual_seed(0)
+    cells = torch.randperm(len(OCC3D_GRID), generator=rng)[:40_000]
+    labels = torch.full((len(OCC3D_GRID),), OPENOCC.free, dtype=torch.uint8)
+    labels[cells], labels[cells[:10_000]] = OPENOCC.id("manmade"), OPENOCC.id("car")
+    flow = torch.zeros(len(OCC3D_GRID), 2)
+    flow[cells[:10_000]] = 3.0
+    shape = OCC3D_GRID.shape
+    filled = (labels != OPENOCC.free).float()
+    mask = torch.rand(len(OCC3D_GRID), generator=rng) < 0.5
+    parts = (t.reshape(*shape, *t.shape[1:]) for t in (labels, filled, flow, mask))
+    return Prediction(OCC3D_GRID, OPENOCC, *parts)
+
+
+def _read_pictures(folder: Path) -> list[tuple[bytes, tuple[int, int]]]:
+    import simplejpeg
+
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not 1 <= len(files) <= 8:
+        raise ValueError(f"{folder}: expected 1 to 8 JPEG files, one a camera, found {len(files)}")
+    datas = [path.read_bytes() for path in files]
+    jpegs = [(data, simplejpeg.decode_jpeg_header(data)[:2]) for data in datas]
+    if len({size for _, size in jpegs}) > 1:
+        raise ValueError(f"{folder}: the pictures differ in size: {sorted({size for _, size in jpegs})}")
+    return jpegs
+
+
+def _generated_pictures() -> list[tuple[bytes, tuple[int, int]]]:
+    """Six pictures as heavy as a camera's: smooth shapes under noise, about 150 kB each as JPEG."""
+    import cv2
+    import simplejpeg
+
+    rng = np.random.default_rng(0)
+    jpegs = []
+    for _ in range(6):
+        coarse = cv2.resize(rng.integers(0, 256, (30, 50, 3), np.uint8), (1600, 900), interpolation=cv2.INTER_CUBIC)
+        noisy = np.clip(coarse + rng.normal(0, 6, coarse.shape), 0, 255).astype(np.uint8)
+        jpegs.append((simplejpeg.encode_jpeg(noisy, quality=75), (900, 1600)))
+    return jpegs
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    return {f"p{p}": round(float(np.percentile(seconds, p)) * 1e3, 2) for p in (50, 95, 99)}
+
+
+def machine() -> str:
+    """Processor, cores and library versions: a figure without them is worth nothing."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, PyTorch {torch.__version__}"
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    lines = [figures["what"], figures["machine"], "", "| stage | p50 ms | p95 ms | p99 ms |", "|---|---|---|---|"]
+    lines += [f"| {name} | {ms['p50']} | {ms['p95']} | {ms['p99']} |" for name, ms in figures["ms"].items()]
+    return "\n".join(lines)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes beside and renames: nobody ever reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.replace(path)

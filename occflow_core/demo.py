@@ -1,0 +1,217 @@
+"""The whole path on one machine: a recorded drive, the real node, real ROS 2 between separate processes.
+
+    replay process -> DDS -> node process -> DDS -> this process (records) -> output bag, pictures, summary.json
+"""
+
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .bench import machine, write_json
+
+CONFIG = Path(__file__).resolve().parents[1] / "config" / "occflow.yaml"
+TOPIC = "/occflow/occupancy"
+
+
+@dataclass
+class Recording:
+    """What the node said during one drive."""
+
+    occupancy: list[tuple[float, bytes]] = field(default_factory=list)  # (s, steady; CDR of a VoxelFlow)
+    diagnostics: list[Any] = field(default_factory=list)  # diagnostic_msgs/DiagnosticArray, all of /diagnostics
+    seconds: float = 0.0  # how long the replay took
+    node_exit: int | None = None
+    log: str = ""  # what the node printed
+
+    def counts(self) -> dict[str, str]:
+        """The newest values of the node's own status: counts, latencies, the model's name."""
+        for message in reversed(self.diagnostics):
+            for status in message.status:
+                if status.name == "occupancy":
+                    return {pair.key: pair.value for pair in status.values}
+        return {}
+
+    def cameras(self) -> dict[str, dict[str, str]]:
+        """The newest status of each camera."""
+        if not self.diagnostics:
+            return {}
+        statuses = self.diagnostics[-1].status
+        return {s.name: {"message": s.message} | {p.key: p.value for p in s.values} for s in statuses[1:]}
+
+
+def drive(
+    bag: Path,
+    config: Path = CONFIG,
+    overrides: Sequence[str] = (),  # further `name:=value` parameters of the node
+    rate: float = 1.0,
+    settle: float = 3.0,  # s without a message after the replay's end, after which the node has said all
+    start_within: float = 90.0,  # s for the node to load, warm up and listen
+) -> Recording:
+    """Replays a bag into a node and records what it says: three processes in a DDS domain of their own, on localhost."""
+    import rclpy
+    from diagnostic_msgs.msg import DiagnosticArray
+    from occflow_msgs.msg import VoxelFlow
+    from rclpy.qos import QoSProfile
+
+    domain = random.SystemRandom().randint(1, 101)
+    environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+    os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"  # read by this process's own context below
+    parameters = [item for o in ("use_sim_time:=true", *overrides) for item in ("-p", o)]
+    node_command = [sys.executable, "-m", "occflow_ros.node", "--ros-args", "--params-file", str(config), *parameters]
+    replay_command = [sys.executable, "-m", "occflow_ros.replay", str(bag), "--rate", str(rate)]
+    replay_command += ["--wait", str(start_within)]
+
+    recording, context = Recording(), rclpy.Context()
+    rclpy.init(context=context, domain_id=domain)
+    node = executor = running = replay = None
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            node = rclpy.create_node("occflow_demo", context=context)
+            executor = rclpy.executors.SingleThreadedExecutor(context=context)
+            executor.add_node(node)
+            node.create_subscription(
+                VoxelFlow,
+                TOPIC,
+                lambda raw: recording.occupancy.append((time.monotonic(), raw)),
+                QoSProfile(depth=100),
+                raw=True,
+            )
+            node.create_subscription(DiagnosticArray, "/diagnostics", recording.diagnostics.append, 100)
+            running = subprocess.Popen(node_command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            replay = subprocess.Popen(replay_command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            begin = None
+            while replay.poll() is None:
+                executor.spin_once(timeout_sec=0.1)
+                if running.poll() is not None:
+                    raise RuntimeError(f"the node ended with exit code {running.returncode}: {_tail(log)}")
+                if begin is None and (recording.occupancy or any("sets" in k for k in recording.counts())):
+                    begin = time.monotonic()
+            if replay.returncode != 0:
+                raise RuntimeError(f"the replay ended with exit code {replay.returncode}: {_tail(log)}")
+            recording.seconds = time.monotonic() - (begin or time.monotonic())
+            quiet, heard = time.monotonic() + settle, len(recording.occupancy)
+            while time.monotonic() < quiet:
+                executor.spin_once(timeout_sec=0.1)
+                if len(recording.occupancy) > heard:
+                    quiet, heard = time.monotonic() + settle, len(recording.occupancy)
+            running.send_signal(signal.SIGINT)
+            recording.node_exit = running.wait(timeout=20)
+        finally:
+            for process in (running, replay):
+                if process is not None and process.poll() is None:
+                    process.kill()
+                    process.wait()
+            if executor is not None:
+                executor.shutdown()
+            if node is not None:
+                node.destroy_node()
+            rclpy.try_shutdown(context=context)
+            log.seek(0)
+            recording.log = log.read()
+    return recording
+
+
+def run(out: Path, seconds: float, rate: float) -> str:
+    """Makes the drive, drives it, and replaces `out` by what came of it; gives the summary as text."""
+    from .data import pattern
+    from .data.bag import BagWriter, write_bag
+    from .show import show_bag
+
+    sweeps = round(seconds * 12)
+    if sweeps < 1:
+        raise ValueError(f"a drive of {seconds:g} s has no frame, give at least 0.1")
+
+    begin = time.monotonic()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        print(f"1/4 painting a drive of {seconds:g} s, six cameras at 12 Hz", flush=True)
+        write_bag(work / "recording", pattern.drive(sweeps), pattern.rig())
+        print("2/4 driving the node through it", flush=True)
+        recording = drive(work / "recording", rate=rate)
+        print("3/4 writing what it said", flush=True)
+        with BagWriter(work / "predictions") as bag:
+            bag.add(TOPIC, "occflow_msgs/msg/VoxelFlow")
+            for _, raw in recording.occupancy:
+                bag.write(TOPIC, _stamp(raw), raw)
+        print("4/4 making pictures", flush=True)
+        pictures = show_bag(work / "recording", work / "predictions", work / "pictures", most=12)
+        summary = summarise(recording, sweeps, rate)
+        summary["pictures"] = len(pictures)
+        summary["seconds in all"] = round(time.monotonic() - begin, 1)
+        write_json(work / "summary.json", summary)
+        (work / "node.log").write_text(recording.log)
+        if out.exists():
+            shutil.rmtree(out)
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return text(summary, out)
+
+
+def summarise(recording: Recording, sweeps: int, rate: float) -> dict[str, Any]:
+    """The figures of summary.json, all of them counted or timed in this run."""
+    counts = recording.counts()
+    stages: dict[str, dict[str, float]] = {}
+    for key, value in counts.items():
+        if key.endswith(" ms"):
+            stage, percentile, _ = key.rsplit(" ", 2)
+            stages.setdefault(stage, {})[percentile] = float(value)
+    times = [t for t, _ in recording.occupancy]
+    number = {k: int(v) for k, v in counts.items() if v.isdigit()}
+    return {
+        "model": counts.get("model", "none"),
+        "trained": "(untrained)" not in counts.get("model", "(untrained)"),
+        "scores": "not measured: the recording carries no truth",
+        "machine": machine(),
+        "replay rate": rate,
+        "sweeps in the recording": sweeps,
+        "sets": {name: number.get(f"sets {name}", 0) for name in ("complete", "partial", "skipped")},
+        "messages out": len(recording.occupancy),
+        "output rate Hz": round((len(times) - 1) / (times[-1] - times[0]), 2) if len(times) > 1 else 0.0,
+        "latency ms": stages,
+        "cameras": recording.cameras(),
+        "node exit code": recording.node_exit,
+    }
+
+
+def text(summary: dict[str, Any], out: Path) -> str:
+    """The summary for people."""
+    sets = summary["sets"]
+    lines = [
+        "",
+        f"model            {summary['model']}",
+        f"recording        {summary['sweeps in the recording']} sweeps of six cameras, at {summary['replay rate']:g}x",
+        f"sets             {sets['complete']} complete, {sets['partial']} partial, {sets['skipped']} skipped",
+        f"messages out     {summary['messages out']}, {summary['output rate Hz']} Hz",
+        f"scores           {summary['scores']}",
+        "",
+        f"{'stage':<14}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}",
+    ]
+    lines += [f"{s:<14}{p['p50']:>9}{p['p95']:>9}{p['p99']:>9}" for s, p in summary["latency ms"].items()]
+    lines += ["", f"{summary['pictures']} pictures, both bags and summary.json in {out}; {summary['seconds in all']} s"]
+    if not summary["trained"]:
+        lines.append("The weights are random numbers (untrained): the path is real, what it shows means nothing yet.")
+    return "\n".join(lines)
+
+
+def _stamp(raw: bytes) -> int:
+    """Header stamp (ns) of a serialised message that begins with a header: 4 bytes of CDR, then sec and nanosec."""
+    seconds, nanoseconds = struct.unpack_from("<iI" if raw[1] & 1 else ">iI", raw, 4)
+    return seconds * 1_000_000_000 + nanoseconds
+
+
+def _tail(log) -> str:
+    log.flush()
+    log.seek(0)
+    return " | ".join(log.read().strip().splitlines()[-5:])
