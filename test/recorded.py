@@ -86,8 +86,8 @@ def scene0103(stamp: str = "lidar") -> Scene:
 
 def decoded(jpeg: bytes) -> Tensor:
     """(3, H, W) uint8 RGB."""
-    picture = cv2.imdecode(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8).numpy(), cv2.IMREAD_COLOR_RGB)
-    return torch.from_numpy(picture).permute(2, 0, 1).contiguous()
+    picture = cv2.imdecode(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8).numpy(), cv2.IMREAD_COLOR)
+    return torch.from_numpy(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).contiguous()
 
 
 def _boxes(info: dict):

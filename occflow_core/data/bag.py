@@ -277,23 +277,29 @@ def _qos(latched: bool, depth: int):
 # ---- reading
 
 
-def read_bag(path: Path | str, topics: Sequence[str] | None = None) -> Iterator[tuple[str, int, Any]]:
-    """(topic, time in ns, message) of all or some topics, in the order of time.
+def topics_of(path: Path | str) -> dict[str, str]:
+    """Topics of a bag and their message types. Errors as `read_bag`."""
+    with _opened(Path(path)) as reader:
+        return {c.topic: c.msgtype for c in sorted(reader.connections, key=lambda c: c.topic)}
+
+
+def read_bag(
+    path: Path | str, topics: Sequence[str] | None = None, start: int | None = None, stop: int | None = None
+) -> Iterator[tuple[str, int, Any]]:
+    """(topic, time in ns, message) of all or some topics, in the order of time, from `start` on and before `stop`.
 
     Messages have ROS's field names; arrays are numpy. Types come from the bag's own definitions. FileNotFoundError
     where there is no bag; ValueError where it is not whole or a topic is not in it: at the call, not at the first
     message.
     """
-    path = Path(path)
-    with _opened(path) as reader:
-        there = sorted({c.topic for c in reader.connections})
+    path, there = Path(path), topics_of(path)
     missing = [t for t in topics or () if t not in there]
     if missing:
         raise ValueError(f"{path}: no topic {', '.join(missing)}; the bag has {', '.join(there) or 'none'}")
-    return _read(path, None if topics is None else set(topics))
+    return _read(path, None if topics is None else set(topics), start, stop)
 
 
-def _read(path: Path, topics: set[str] | None):
+def _read(path: Path, topics: set[str] | None, start: int | None, stop: int | None):
     from rosbags.rosbag2 import ReaderError
 
     with _opened(path) as reader:
@@ -305,7 +311,7 @@ def _read(path: Path, topics: set[str] | None):
         if not chosen:  # an empty choice means everything to rosbags
             return
         try:
-            for connection, stamp, data in reader.messages(chosen):
+            for connection, stamp, data in reader.messages(chosen, start, stop):
                 yield connection.topic, stamp, types.deserialize_cdr(data, connection.msgtype)
         except ReaderError as error:
             raise ValueError(f"{path}: not a whole bag: {error}") from None
