@@ -1,0 +1,202 @@
+"""A bag replayed into the graph arrives whole, in order and in time, in another process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2: make setup")
+
+from occflow_core.data import bag as bags  # noqa: E402
+from occflow_core.data import pattern  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+DOMAIN = str(150 + os.getpid() % 60)  # of this process alone, so that parallel runs do not hear each other
+FRAMES, RATE = 6, 12.0
+
+LISTENER = """
+import hashlib, json, sys, time
+import rclpy
+from rclpy.qos import QoSProfile, DurabilityPolicy
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import CameraInfo, CompressedImage
+from tf2_msgs.msg import TFMessage
+KINDS = {"image": CompressedImage, "info": CameraInfo, "tf": TFMessage}
+topics, enough, longest = json.loads(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+rclpy.init()
+node = rclpy.create_node("listener")
+got, clock = [], []
+def hear(topic):
+    # what RTPS adds to the recorded bytes: padding at the end, and its length in the four bytes of the encapsulation
+    return lambda data: got.append([topic, hashlib.sha256(data[4:].rstrip(b"\\0")).hexdigest(), time.monotonic()])
+for topic, kind in topics.items():
+    if topic == "/tf_static":
+        continue
+    node.create_subscription(KINDS[kind], topic, hear(topic), QoSProfile(depth=200), raw=True)
+node.create_subscription(
+    Clock, "/clock", lambda m: clock.append([time.monotonic(), m.clock.sec * 10**9 + m.clock.nanosec]), QoSProfile(depth=10)
+)
+print("ready", flush=True)
+until, done, late = time.monotonic() + longest, None, False
+while time.monotonic() < until and (done is None or time.monotonic() < done + 0.7):
+    rclpy.spin_once(node, timeout_sec=0.05)
+    if not late and len(got) > 20 and "/tf_static" in topics:  # a latched topic is heard by who comes late
+        late = True
+        node.create_subscription(TFMessage, "/tf_static", hear("/tf_static"),
+                                 QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL), raw=True)
+    if done is None and len(got) >= enough:
+        done = time.monotonic()
+print(json.dumps({"got": got, "clock": clock}), flush=True)
+rclpy.shutdown()
+"""
+
+
+def environment() -> dict:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "ROS_DOMAIN_ID": DOMAIN, "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST", "PYTHONPATH": path}
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def replay(*arguments) -> subprocess.Popen:
+    return start("-m", "occflow_ros.replay", *map(str, arguments))
+
+
+@pytest.fixture(scope="module")
+def bag(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("replay") / "drive"
+    bags.write_bag(folder, pattern.drive(FRAMES, height=90, width=160, rate=RATE), pattern.rig(90, 160), progress=False)
+    return folder
+
+
+def recorded(folder: Path, skip=()) -> list[tuple[str, int, str]]:
+    """(topic, ns, hash of the bytes) as the file has them, read apart from the code under test."""
+    import hashlib
+
+    from rosbags.rosbag2 import Reader
+
+    with Reader(folder) as reader:
+        return [
+            (c.topic, t, hashlib.sha256(data[4:].rstrip(b"\0")).hexdigest())
+            for c, t, data in reader.messages()
+            if c.topic not in skip
+        ]
+
+
+def listen_while(folder: Path, *options, laps: int = 1, skip=()) -> tuple[dict, subprocess.CompletedProcess]:
+    kinds = {"CompressedImage": "image", "CameraInfo": "info", "TFMessage": "tf"}
+    topics = {t: kinds[k.split("/")[-1]] for t, k in bags.topics_of(folder).items() if t not in skip}
+    enough = len(recorded(folder, skip)) + (laps - 1) * len(recorded(folder, (*skip, "/tf_static")))
+    listener = start("-c", LISTENER, json.dumps(topics), str(enough), "25")
+    player = None
+    try:
+        assert listener.stdout.readline().strip() == "ready", listener.stderr.read()
+        player = replay(folder, *options)
+        said, wrong = player.communicate(timeout=40)
+        heard, errors = listener.communicate(timeout=40)
+    finally:
+        for process in (listener, player):
+            if process is not None and process.poll() is None:
+                process.kill()
+    assert player.returncode == 0, wrong
+    assert listener.returncode == 0, errors
+    return json.loads(heard), subprocess.CompletedProcess(player.args, 0, said, wrong)
+
+
+@pytest.mark.dds
+def test_everything_arrives_byte_for_byte_in_order_and_in_time(bag):
+    heard, player = listen_while(bag)
+    mine = recorded(bag)
+    for topic in {topic for topic, _, _ in mine}:
+        want = [digest for t, _, digest in mine if t == topic]
+        assert [digest for t, digest, _ in heard["got"] if t == topic] == want, topic
+    # pictures came at the recorded pace: their spacing is the stamps' within what a busy machine may add
+    topic = "/cam_front/image_raw/compressed"
+    stamps = [stamp for t, stamp, _ in mine if t == topic]
+    times = [at for t, _, at in heard["got"] if t == topic]
+    assert times[-1] - times[0] == pytest.approx((stamps[-1] - stamps[0]) / 1e9, abs=0.12)
+    assert f"{len(mine)} messages" in player.stdout and player.stderr == ""
+
+
+@pytest.mark.dds
+def test_the_clock_runs_before_during_and_after_at_the_chosen_rate(bag):
+    heard, _ = listen_while(bag, "--rate", "0.5")
+    mine = recorded(bag)
+    walls, stamps = zip(*heard["clock"])
+    assert stamps[0] < mine[0][1] and stamps[-1] > mine[-1][1]
+    assert all(b >= a for a, b in zip(stamps, stamps[1:]))
+    running = [(w, s) for w, s in zip(walls, stamps) if s > stamps[0]]
+    (w0, s0), (w1, s1) = running[0], running[-1]
+    assert (s1 - s0) / 1e9 / (w1 - w0) == pytest.approx(0.5, rel=0.1)
+    assert len(running) / (w1 - w0) >= 100, "Hz"
+
+
+@pytest.mark.dds
+def test_laps_repeat_the_bag_and_a_skipped_topic_stays_silent(bag):
+    silent = "/cam_back/image_raw/compressed"
+    heard, player = listen_while(bag, "--loop", "2", "--rate", "2", "--skip", silent, laps=2, skip=(silent,))
+    mine = [t for t, _, _ in recorded(bag, (silent,))]
+    got = [t for t, _, _ in heard["got"]]
+    assert silent not in got
+    for topic in set(mine) - {"/tf_static"}:
+        assert got.count(topic) == 2 * mine.count(topic), topic
+    stamps = [s for _, s in heard["clock"]]
+    assert sum(b < a for a, b in zip(stamps, stamps[1:])) == 1, "the clock goes back once, between the laps"
+    assert "lap 2 of 2" in player.stdout
+
+
+@pytest.mark.dds
+@pytest.mark.parametrize("with_what", [signal.SIGINT, signal.SIGTERM])
+def test_it_is_stopped_by_a_signal_without_a_fuss(bag, with_what):
+    player = replay(bag, "--loop", "0", "--wait", "0")
+    time.sleep(2.5)
+    assert player.poll() is None, player.stderr.read()
+    player.send_signal(with_what)
+    said, wrong = player.communicate(timeout=10)
+    assert player.returncode == 0 and wrong == "" and "stopped" in said
+
+
+@pytest.mark.dds
+def test_the_wait_for_subscribers_is_bounded_and_says_who_is_missing(bag):
+    begin = time.monotonic()
+    player = replay(bag, "--wait", "0.5", "--rate", "10")
+    _, wrong = player.communicate(timeout=20)
+    assert player.returncode == 0 and time.monotonic() - begin < 12
+    assert "nobody listens to" in wrong and "/cam_front/image_raw/compressed" in wrong and wrong.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: None, "no such bag"),
+        (lambda folder: folder.mkdir(), "not a whole bag"),
+        (lambda folder: folder.write_text("nothing"), "not a whole bag"),
+    ],
+    ids=["absent", "half", "no bag at all"],
+)
+def test_a_bad_path_is_one_sentence_and_exit_code_2(tmp_path, make, says):
+    make(tmp_path / "bag")
+    player = replay(tmp_path / "bag")
+    said, wrong = player.communicate(timeout=20)
+    assert player.returncode == 2 and says in wrong and wrong.count("\n") == 1 and said == ""
+
+
+def test_a_topic_to_skip_that_is_not_there_is_refused(bag):
+    player = replay(bag, "--skip", "/cam_up/image")
+    _, wrong = player.communicate(timeout=20)
+    assert player.returncode == 2 and "/cam_up/image" in wrong and "/cam_front/camera_info" in wrong
+
+
+def test_a_rate_of_zero_is_refused(bag):
+    player = replay(bag, "--rate", "0")
+    _, wrong = player.communicate(timeout=20)
+    assert player.returncode == 2 and "--rate" in wrong
