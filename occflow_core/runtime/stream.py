@@ -1,12 +1,13 @@
 """Frames in, predictions out: the one job of this package."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from ..geometry import rigid
+from ..geometry import Cameras, rigid
 from ..ops import observed
 from ..types import NANO, Clip, Frame, Prediction
 from .load import Model
@@ -25,12 +26,26 @@ class Stream:
     def __init__(self, model: Model, longest_gap: float = 2.0):
         """longest_gap: s between two frames of one drive; after more, what was remembered is of no use."""
         self.model, self.longest_gap = model, longest_gap
-        self.seconds: dict[str, float] = {}  # of each stage of the last step: prepare, network, decode, visibility
+        self.seconds: dict[str, float] = {}  # of each stage of the last step: prepare, network, voxels, visibility
         self.forget()
 
     def forget(self) -> None:
         """Begin a drive with the next frame, whatever it says."""
         self.memory, self.last = None, None
+
+    def warm_up(self, names: Sequence[str], height: int = 900, width: int = 1600) -> None:
+        """One step on black pictures, forgotten at once: kernels are compiled and memory is taken before it counts."""
+        n = len(names)
+        looks = torch.eye(3, dtype=torch.float64)
+        looks[0, 0] = looks[1, 1] = looks[0, 2] = width / 2
+        looks[1, 2] = height / 2
+        mount = rigid.from_quaternion((0.5, -0.5, 0.5, -0.5), (0.0, 0.0, 1.5))
+        cameras = Cameras(looks.expand(n, 3, 3), mount.expand(n, 4, 4), height, width)
+        black = torch.zeros(n, height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        used, stamps = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64)
+        here = torch.eye(4, dtype=torch.float64)
+        self.step(Frame(black, cameras, used, stamps, 0, here, "warm-up", tuple(names)))
+        self.forget()
 
     @torch.inference_mode()
     def step(self, frame: Frame) -> Prediction:
@@ -55,7 +70,7 @@ class Stream:
         seen = observed(filled, prediction.grid, frame.cameras, frame.used)
         prediction = replace(prediction, unobserved=~seen)
         clock.append(perf_counter())
-        stages = ("prepare", "network", "decode", "visibility")
+        stages = ("prepare", "network", "voxels", "visibility")
         self.seconds = {stage: end - start for stage, start, end in zip(stages, clock, clock[1:], strict=False)}
         return prediction
 

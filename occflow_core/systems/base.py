@@ -17,7 +17,7 @@ class System(Protocol):
     and `constants()` (the authors' buffers that must equal what our config says, by their names).
     """
 
-    config: Any  # the system's own frozen Config: height and width (pixels) of the pictures it takes, grid, classes
+    config: Any  # its own frozen Config: height and width (pixels) of its pictures, grid, classes, as_published
 
     def __call__(self, clip: Clip, memory: Any | None) -> tuple[Any, Any]:
         """(output, memory). Memory is the system's own frozen value, detached; None before the first clip."""
@@ -100,5 +100,5 @@ def _equal(theirs: Tensor, ours: Tensor) -> bool:
     return theirs.shape == ours.shape and torch.allclose(theirs.double(), ours.double(), rtol=0, atol=1e-5)
 
 
-def _brief(tensor: Tensor) -> list:
-    return [round(value, 6) for value in tensor.double().flatten().tolist()]
+def _brief(tensor: Tensor) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in tensor.flatten().tolist()) + ")"

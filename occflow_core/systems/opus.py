@@ -18,6 +18,7 @@ B batch, T time (newest first), N cameras, R rows of a camera's pyramid, Q queri
 S sampled points of a group and time, C channels, K classes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -68,7 +69,7 @@ class Config:
         if self.classes not in _TABLES:
             raise ValueError(f"opus: classes must be one of {sorted(_TABLES)}, got {self.classes!r}")
         if self.channels % self.groups or self.channels % self.heads:
-            raise ValueError(f"opus: {self.channels} channels: {self.groups} groups or {self.heads} heads do not divide them")
+            raise ValueError(f"opus: {self.groups} groups or {self.heads} heads do not divide {self.channels} channels")
         if not self.refines or min(*self.refines, self.queries, self.samples, self.frames) < 1:
             raise ValueError("opus: refines, queries, samples and frames must be positive")
 
@@ -319,7 +320,7 @@ class Layer(nn.Module):
         self.sampling.initialise()
         self.mixing.initialise()
         self.attention.initialise()
-        nn.init.constant_(self.name[-1].bias, torch.logit(torch.tensor(prior, dtype=torch.float64)).item())
+        nn.init.constant_(self.name[-1].bias, math.log(prior / (1 - prior)))
 
     def forward(self, query: Tensor, unit: Tensor, view: _View) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries (B, Q, C) with points (B, Q, P, 3), fractions of the box -> both anew, logits, velocities or None."""
@@ -501,41 +502,54 @@ def _closing(where: Tensor, scores: Tensor, shape: tuple[int, int, int], thresho
     for all classes at once by bits, how much only where it is needed. Outside the grid nothing is, and nothing erodes.
     """
     device = where.device
-    x, y, z = shape
-    assert scores.shape[1] < 63, scores.shape
-    bits = torch.zeros(x + 2, y + 2, z + 2, dtype=torch.int64, device=device)  # a shell of empty voxels around the grid
-    across, along = (y + 2) * (z + 2), z + 2
-    centre = (where // (y * z) + 1) * across + (where // z % y + 1) * along + where % z + 1
+    assert scores.shape[1] < 32, scores.shape  # classes are bits of an int32, the sign is for outside
     above = scores > threshold  # (V, K)
-    bits.view(-1)[centre] = (above.long() << torch.arange(scores.shape[1], device=device)).sum(-1)
+    inner, around = _shell(shape, device)
+
+    bits = torch.zeros([n + 2 for n in shape], dtype=torch.int32, device=device)
+    bits.view(-1)[inner(where)] = (above.int() << torch.arange(scores.shape[1], device=device)).sum(-1).int()
     closed = torch.full_like(bits, -1)
     closed[1:-1, 1:-1, 1:-1] = _three(bits, torch.bitwise_or)
     closed = _three(closed, torch.bitwise_and).view(-1)
     closed[where] = 0  # what is sure already stays as it is
     added = closed.nonzero()[:, 0]
-    padded = (added // (y * z) + 1) * across + (added // z % y + 1) * along + added % z + 1
-    has = closed[added]
+    has, padded = closed[added], inner(added)
 
-    step = torch.arange(-1, 2, device=device)
-    around = (step[:, None, None] * across + step[:, None] * along + step).flatten()  # (27,)
     best, label = scores.new_zeros(len(added)), added.new_zeros(len(added))
+    widened = scores.new_full(bits.shape, torch.inf)
+    flat = widened.view(-1)
     for k in range(scores.shape[1]):
         asked = (has >> k & 1).nonzero()[:, 0]
         if not len(asked):
             continue
-        widened = scores.new_zeros(x + 2, y + 2, z + 2)
-        from_, value = centre[above[:, k]], scores[above[:, k], k]
+        widened[1:-1, 1:-1, 1:-1] = 0
+        from_, value = inner(where[above[:, k]]), scores[above[:, k], k]
         for offset in around.tolist():
             to = from_ + offset
-            widened.view(-1)[to] = torch.maximum(widened.view(-1)[to], value)
-        for axis, last in enumerate((x + 1, y + 1, z + 1)):
-            widened.select(axis, 0).fill_(torch.inf)
-            widened.select(axis, last).fill_(torch.inf)
-        value = widened.view(-1)[padded[asked, None] + around].amin(-1)
+            flat[to] = torch.maximum(flat[to], value)
+        value = flat[padded[asked, None] + around].amin(-1)
         better = value > best[asked]
         best[asked] = torch.where(better, value, best[asked])
         label[asked] = torch.where(better, k, label[asked])
     return added, label, best
+
+
+def _neighbours_mean(where: Tensor, values: Tensor, asked: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Mean of values (V, D) at flat voxels (V,) over the 3x3x3 neighbourhood of others (A,) -> (A, D)."""
+    inner, around = _shell(shape, where.device)
+    padded = values.new_zeros((shape[0] + 2) * (shape[1] + 2) * (shape[2] + 2), values.shape[1] + 1)
+    padded[inner(where)] = torch.cat([values, torch.ones_like(values[:, :1])], dim=-1)
+    total = padded[inner(asked)[:, None] + around].sum(1)
+    return total[:, :-1] / total[:, -1:].clamp_min(1)
+
+
+def _shell(shape: tuple[int, int, int], device: torch.device):
+    """Flat indices of a grid -> those in it with a shell of one voxel around; steps (27,) to neighbours there."""
+    _, y, z = shape
+    across, along = (y + 2) * (z + 2), z + 2
+    step = torch.arange(-1, 2, device=device)
+    around = (step[:, None, None] * across + step[:, None] * along + step).flatten()
+    return lambda flat: (flat // (y * z) + 1) * across + (flat // z % y + 1) * along + flat % z + 1, around
 
 
 def _three(volume: Tensor, join) -> Tensor:
@@ -544,13 +558,3 @@ def _three(volume: Tensor, join) -> Tensor:
         n = volume.shape[axis] - 2
         volume = join(join(volume.narrow(axis, 0, n), volume.narrow(axis, 1, n)), volume.narrow(axis, 2, n))
     return volume
-
-
-def _neighbours_mean(where: Tensor, values: Tensor, asked: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Mean of values (V, D) at flat voxels (V,) over the 3x3x3 neighbourhood of others (A,) -> (A, D)."""
-    x, y, z = shape
-    summed = values.new_zeros(x + 2, y + 2, z + 2, values.shape[1] + 1)
-    inner = summed[1:-1, 1:-1, 1:-1]
-    inner[where // (y * z), where // z % y, where % z] = torch.cat([values, torch.ones_like(values[:, :1])], dim=-1)
-    total = _three(summed, torch.add).reshape(x * y * z, -1)[asked]
-    return total[:, :-1] / total[:, -1:].clamp_min(1)
