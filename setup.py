@@ -1,4 +1,4 @@
-"""Packaging for pip and for colcon (ament_python). One source tree, two Python packages, two names in the ament index."""
+"""Packaging for pip and for colcon (ament_python): one tree, two Python packages, two names in the ament index."""
 
 from glob import glob
 from xml.etree import ElementTree

@@ -9,6 +9,7 @@ was made from when it is done: a stage is repeated when that hash changed, and w
 Runs under the machine's own python3, so: standard library only.
 """
 
+import ast
 import contextlib
 import fcntl
 import hashlib
@@ -31,11 +32,22 @@ UNDERWAY = "underway"
 
 # What a sourced ROS (or the ROS wheels, which set a library path for their own process) leaves in the environment; it
 # would mix another ROS into the venv's.
-ROS_VARIABLES = (
-    "AMENT_PREFIX_PATH AMENT_CURRENT_PREFIX CMAKE_PREFIX_PATH COLCON_PREFIX_PATH PYTHONPATH PYTHONHOME LD_LIBRARY_PATH "
-    "PKG_CONFIG_PATH ROS_DISTRO ROS_VERSION ROS_PYTHON_VERSION ROS_PACKAGE_PATH RMW_IMPLEMENTATION "
-    "_ROS_WHEELS_BOOTSTRAP_COMPLETE"
-).split()
+ROS_VARIABLES = {
+    "AMENT_CURRENT_PREFIX",
+    "AMENT_PREFIX_PATH",
+    "CMAKE_PREFIX_PATH",
+    "COLCON_PREFIX_PATH",
+    "LD_LIBRARY_PATH",
+    "PKG_CONFIG_PATH",
+    "PYTHONHOME",
+    "PYTHONPATH",
+    "RMW_IMPLEMENTATION",
+    "ROS_DISTRO",
+    "ROS_PACKAGE_PATH",
+    "ROS_PYTHON_VERSION",
+    "ROS_VERSION",
+    "_ROS_WHEELS_BOOTSTRAP_COMPLETE",
+}
 
 
 class Failed(Exception):
@@ -101,10 +113,26 @@ def install(*files):
 def install_ourselves():
     # --no-build-isolation: setuptools is among the requirements, nothing more need be fetched
     pip("occflow", ["--no-deps", "--no-build-isolation", "--use-pep517", "-e", "."])
+    # pip leaves out the data_files of an editable install: links make the venv a prefix like colcon's install/
+    remove_installed("occflow")
+    links = dict(ament_files())
+    manifest("occflow").write_text("".join(f"{link}\n" for link in links))
+    for link, file in links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(file)
+
+
+def ament_files():
+    """(link in the venv, file of this checkout) for the data_files of the root's setup.py."""
+    asked = "import sys, setuptools; setuptools.setup = lambda **k: print(*k['data_files'], sep='\\n'); import setup"
+    said = subprocess.check_output([str(PYTHON), "-c", asked], cwd=ROOT, env=environment(), text=True)
+    for folder, files in map(ast.literal_eval, said.splitlines()):
+        yield from ((VENV / folder / Path(file).name, ROOT / file) for file in files)
 
 
 def mend_cmake_exports():
-    """The CMake exports in the ROS wheels name Python and numpy of the machine they were built on; name ours instead."""
+    """The CMake exports in the ROS wheels name Python and numpy of the machine that built them; let them name ours."""
     asked = "import sysconfig, numpy; print(sysconfig.get_path('include')); print(numpy.get_include())"
     python, numpy = subprocess.check_output([str(PYTHON), "-c", asked], env=environment(), text=True).split("\n")[:2]
     for file in (VENV / "share").rglob("*.cmake"):
