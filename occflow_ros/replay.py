@@ -34,7 +34,7 @@ class Refused(Exception):
 
 
 def main(args: list[str] | None = None) -> int:
-    """python -m occflow_ros.replay BAG [--rate 1.0] [--loop 1] [--wait 10] [--skip TOPIC ...]. 0, or 2 with a sentence."""
+    """python -m occflow_ros.replay BAG [--rate 1.0] [--loop 1] [--wait 10] [--skip TOPIC ...]; exit code 0, or 2."""
     args = sys.argv if args is None else ["replay", *args]
     options = _options(remove_ros_args(args)[1:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a launch system's stop is an ordinary stop
@@ -92,32 +92,29 @@ class Replay:
         lap = 0
         while self.laps == 0 or lap < self.laps:
             lap += 1
-            # the clock at wall time t says begin - lead + (t - started) * rate
-            started = time.monotonic()
-            said = [started]
-
-            def until(stamp: int) -> float:
-                """Keeps the clock ticking until the stamp is due; returns by how much it was missed, in s."""
-                due = started + (stamp - begin + lead) / NANO / self.rate
-                while True:
-                    now = time.monotonic()
-                    if now >= said[0]:
-                        self._tick(begin - lead + round((now - started) * self.rate * NANO))
-                        said[0] = max(said[0] + TICK, now)
-                    if now >= due:
-                        return now - due
-                    time.sleep(max(0.0, min(due, said[0]) - now))
-
+            self.started, self.next_tick, self.first = time.monotonic(), 0.0, begin - lead
             for connection, stamp, data in self._messages():
-                late = until(stamp)
-                self.worst = max(self.worst, late)
+                self.worst = max(self.worst, self._until(stamp))
                 self.publishers[connection.id].publish(bytes(data))
                 self.sent += 1
                 self._show((stamp - begin) / NANO, (end - begin) / NANO, lap)
-            until(end + lead)
+            self._until(end + lead)
         for publisher in self.publishers.values():  # what is reliable is received before the process ends
             publisher.wait_for_all_acked(Duration(seconds=2))
         self._show((end - begin) / NANO, (end - begin) / NANO, lap, last=True)
+
+    def _until(self, stamp: int) -> float:
+        """Keeps the clock ticking until the stamp is due; returns how late it is then, in s. Steady time, so that
+        a correction of the computer's clock does not disturb the pace."""
+        due = self.started + (stamp - self.first) / NANO / self.rate
+        while True:
+            now = time.monotonic()
+            if now >= self.next_tick:
+                self._tick(self.first + round((now - self.started) * self.rate * NANO))
+                self.next_tick = max(self.next_tick + TICK, now)
+            if now >= due:
+                return now - due
+            time.sleep(max(0.0, min(due, self.next_tick) - now))
 
     def _messages(self) -> Iterator[tuple[Any, int, bytes]]:
         chosen = [c for c in self.reader.connections if c.id in self.publishers]

@@ -36,7 +36,7 @@ class Scene:
 
 
 def shared() -> Path:
-    """The folder of recordings: $OCCFLOW_SHARED, or ../shared/data seen from the checkout. Skips the test where absent."""
+    """The folder of recordings: $OCCFLOW_SHARED, or ../shared/data of the checkout; skips the test without it."""
     folder = Path(os.environ.get("OCCFLOW_SHARED") or Path(__file__).resolve().parents[2] / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"needs the recordings of nuScenes at {folder} (or OCCFLOW_SHARED)")

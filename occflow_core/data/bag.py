@@ -42,7 +42,7 @@ class BagWriter:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         if self.folder.exists():
-            raise FileExistsError(f"{self.folder} exists already: a bag is not written over anything, name another folder")
+            raise FileExistsError(f"{self.folder} exists already, and a bag is not written over anything: name another")
         self.types = _jazzy()
 
     def __enter__(self) -> "BagWriter":
@@ -185,16 +185,16 @@ def _messages(frames, rig, jpegs, base, fixed, image_topic, info_topic, optical,
 
 
 def _merged(messages) -> Iterator[tuple]:
-    """All messages in the order of their stamps, holding back no more than two frames' worth."""
-    waiting, written = [], None
+    """All messages in the order of their stamps: those before a frame's earliest can go when that frame begins."""
+    waiting, begun = [], None
     for message in messages:
         if not isinstance(message, int):
             heapq.heappush(waiting, message)
             continue
-        if written is not None and message < written:
-            raise ValueError(f"bag: frames must come in time order, got {message} ns after {written} ns")
-        while waiting and waiting[0][0] < message:
-            written = waiting[0][0]
+        if begun is not None and message < begun:
+            raise ValueError(f"bag: frames must come in time order, got {message} ns after {begun} ns")
+        begun = message
+        while waiting and waiting[0][0] < begun:
             yield heapq.heappop(waiting)
     while waiting:
         yield heapq.heappop(waiting)

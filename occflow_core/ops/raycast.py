@@ -87,7 +87,8 @@ def _rays(filled: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, 
         raise ValueError(f"rays: filled must be (X, Y, Z) bool, got {tuple(filled.shape)} {filled.dtype}")
     if origins.shape != directions.shape or origins.ndim != 2 or origins.shape[1] != 3:
         raise ValueError(
-            f"rays: origins and directions must both be (R, 3), got {tuple(origins.shape)} and {tuple(directions.shape)}"
+            "rays: origins and directions must both be (R, 3), "
+            f"got {tuple(origins.shape)} and {tuple(directions.shape)}"
         )
     origins, directions = origins.to(filled.device, torch.float64), directions.to(filled.device, torch.float64)
     length = directions.pow(2).sum(1, keepdim=True).sqrt()

@@ -19,7 +19,7 @@ _STEPS, _NEVER = raycast.STEPS, raycast._NEVER
 
 
 def _compiled(function):
-    """Compiled once and kept beside the file, or in numba's cache folder; anew in each process where neither is ours."""
+    """Compiled once and kept beside the file or in numba's cache folder; in each process where neither can be."""
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # "no locator available": nowhere to write

@@ -19,7 +19,8 @@ def observed(filled: Tensor, grid: Grid, cameras: Cameras, used: Tensor) -> Tens
         raise ValueError(f"observed: filled must be {grid.shape} bool, got {tuple(filled.shape)} {filled.dtype}")
     if len(cameras.shape) != 1 or used.shape != cameras.shape or used.dtype != torch.bool:
         raise ValueError(
-            f"observed: expected N cameras and used (N,) bool, got {tuple(cameras.shape)} and {tuple(used.shape)} {used.dtype}"
+            f"observed: expected N cameras and used (N,) bool, got {tuple(cameras.shape)}, "
+            f"{tuple(used.shape)} {used.dtype}"
         )
     # everything in voxel units: straight lines stay straight, whatever the voxels' edges
     metres_from_voxels = torch.diag(torch.tensor([*grid.voxel, 1.0], dtype=torch.float64))
@@ -27,7 +28,7 @@ def observed(filled: Tensor, grid: Grid, cameras: Cameras, used: Tensor) -> Tens
     out = torch.zeros_like(filled)
     for i in used.nonzero()[:, 0].tolist():
         camera = cameras[i].to("cpu", torch.float64)
-        eye = ((camera.car_from_camera[:3, 3] - metres_from_voxels[:3, 3]) / metres_from_voxels.diag()[:3])
+        eye = (camera.car_from_camera[:3, 3] - metres_from_voxels[:3, 3]) / metres_from_voxels.diag()[:3]
         targets = _targets(grid.shape, eye, _edges(camera) @ metres_from_voxels)
         home = eye.floor().long().tolist()
         blocks = filled
@@ -43,7 +44,8 @@ def _edges(camera: Cameras) -> Tensor:
     """(5, 4): functions of homogeneous metres that are positive where `Cameras.sees` says yes: left of the picture's
     right edge and so on, and in front."""
     x, y, depth = camera.pixels_from_car()
-    return torch.stack([x, camera.width * depth - x, y, camera.height * depth - y, depth - depth.new_tensor([0, 0, 0, 1e-5])])
+    near = depth - depth.new_tensor([0, 0, 0, 1e-5])
+    return torch.stack([x, camera.width * depth - x, y, camera.height * depth - y, near])
 
 
 def _targets(shape: tuple[int, int, int], eye: Tensor, edges: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ def _images(inputs, wanted: dict[str, int], topics: list[str]) -> tuple[Tensor, 
             if abs(stamp - wanted[topic]) <= 1000:  # ages are told in whole microseconds
                 decoded = cv2.imdecode(np.asarray(message.data, np.uint8), cv2.IMREAD_COLOR)
                 if decoded is not None:
-                    found[topic] = cv2.resize(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), TILE, interpolation=cv2.INTER_AREA)
+                    small = cv2.resize(decoded, TILE, interpolation=cv2.INTER_AREA)
+                    found[topic] = cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
     black = np.zeros((TILE[1], TILE[0], 3), np.uint8)
     pictures = np.stack([found.get(topic, black) for topic in topics])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2), [topic in found for topic in topics]
@@ -161,8 +162,9 @@ def _title(width: int, stamp: int, model: str, names: Sequence[str], used: Seque
     x = _text(bar, model, (x + 28, 35), 0.7, (196, 84, 30))
     x = _text(bar, f"{when:%Y-%m-%d %H:%M:%S}.{stamp % NANO // 1_000_000:03d} UTC", (x + 28, 35), 0.7, _INK)
     absent = [n.lower().replace("cam_", "").replace("_", " ") for n, u in zip(names, used) if not u]
-    cameras = f"{len(names) - len(absent)} of {len(names)} cameras" + (f", without {', '.join(absent)}" if absent else "")
-    _text(bar, cameras, (x + 28, 35), 0.7, (190, 40, 40) if absent else _FAINT)
+    count = f"{len(names) - len(absent)} of {len(names)} cameras"
+    without = f", without {', '.join(absent)}" if absent else ""
+    _text(bar, count + without, (x + 28, 35), 0.7, (190, 40, 40) if absent else _FAINT)
     return bar
 
 
@@ -285,8 +287,8 @@ def _behind(prediction: Prediction, moving, width: int) -> np.ndarray:
     tile = (np.floor(floor[on] / 4.0).sum(-1) % 2)[:, None]
     colour[on] = np.where(tile > 0, np.float32((233, 235, 239)), np.float32((226, 229, 234)))
     if prediction.unobserved is not None:
-        index = cell[on].astype(np.int64)
-        colour[on] = _veiled(colour[on], _column_unseen(prediction)[index[:, 0], index[:, 1]], np.zeros(len(index), bool))
+        unseen = _column_unseen(prediction)[tuple(cell[on].astype(np.int64).T)]
+        colour[on] = _veiled(colour[on], unseen, np.zeros(len(unseen), bool))
     _voxels(prediction, eye, ray, colour, depth)
     for (near, far), tone in zip(_CAR, ((250, 250, 252), (60, 66, 76))):
         _solid(near, far, tone, eye, ray, colour, depth)

@@ -75,7 +75,7 @@ def test_in_an_empty_grid_all_that_is_seen_is_observed(place):
         one = camera(yaw * 360, place, pitch * 120 - 60, 30 + 300 * focal)
         got = observed(clutter(0.0), GRID, one, ALL[:1])
         missed = seen(one) & ~got
-        assert not missed.any(), f"{missed.sum()} of {seen(one).sum()} missed at yaw {yaw * 360}, focal {30 + 300 * focal}"
+        assert not missed.any(), f"{missed.sum()} of {seen(one).sum()} missed at {yaw=} {pitch=} {focal=}"
         beyond = got & ~corners_seen(one)[0]
         assert not beyond.any(), f"{beyond.sum()} voxels observed that no pixel looks at"
 

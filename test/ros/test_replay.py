@@ -38,9 +38,9 @@ for topic, kind in topics.items():
     if topic == "/tf_static":
         continue
     node.create_subscription(KINDS[kind], topic, hear(topic), QoSProfile(depth=200), raw=True)
-node.create_subscription(
-    Clock, "/clock", lambda m: clock.append([time.monotonic(), m.clock.sec * 10**9 + m.clock.nanosec]), QoSProfile(depth=10)
-)
+def tick(m):
+    clock.append([time.monotonic(), m.clock.sec * 10**9 + m.clock.nanosec])
+node.create_subscription(Clock, "/clock", tick, QoSProfile(depth=10))
 print("ready", flush=True)
 until, done, late = time.monotonic() + longest, None, False
 while time.monotonic() < until and (done is None or time.monotonic() < done + 0.7):
