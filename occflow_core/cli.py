@@ -13,12 +13,11 @@ def show(
     predictions: Annotated[Path, "rosbag2 folder with VoxelFlow messages"],
     out: Annotated[Path, "folder for the pictures, one PNG a message"],
     /,
-    most: Annotated[int, "at most so many pictures, evenly spread; 0: all"] = 0,
 ) -> None:
     """Pictures of predictions: cameras, voxels from above and from behind, flow arrows."""
-    from .show import show_bag
+    from .show.pictures import show_bag
 
-    made = show_bag(recording, predictions, out, most=most)
+    made = show_bag(recording, predictions, out)
     print(f"{len(made)} pictures in {out}")
 
 

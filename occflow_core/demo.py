@@ -57,7 +57,7 @@ def drive(
     settle: float = 3.0,  # s without a message after the replay's end, after which the node has said all
     start_within: float = 90.0,  # s for the node to load, warm up and listen
 ) -> Recording:
-    """Replays a bag into a node and records what it says: three processes in a DDS domain of their own, on localhost."""
+    """Replays a bag into a node and records what it says: three processes, a DDS domain of their own, localhost."""
     import rclpy
     from diagnostic_msgs.msg import DiagnosticArray
     from occflow_msgs.msg import VoxelFlow
@@ -125,7 +125,7 @@ def run(out: Path, seconds: float, rate: float) -> str:
     """Makes the drive, drives it, and replaces `out` by what came of it; gives the summary as text."""
     from .data import pattern
     from .data.bag import BagWriter, write_bag
-    from .show import show_bag
+    from .show.pictures import show_bag
 
     sweeps = round(seconds * 12)
     if sweeps < 1:
@@ -145,7 +145,7 @@ def run(out: Path, seconds: float, rate: float) -> str:
             for _, raw in recording.occupancy:
                 bag.write(TOPIC, _stamp(raw), raw)
         print("4/4 making pictures", flush=True)
-        pictures = show_bag(work / "recording", work / "predictions", work / "pictures", most=12)
+        pictures = show_bag(work / "recording", work / "predictions", work / "pictures")
         summary = summarise(recording, sweeps, rate)
         summary["pictures"] = len(pictures)
         summary["seconds in all"] = round(time.monotonic() - begin, 1)

@@ -116,6 +116,11 @@ class Collector:
         due = [s.reference for s in self._open if s.deadline <= now]
         return self._leave(lambda s: s.reference <= max(due)) if due else []
 
+    @property
+    def waiting(self) -> bool:
+        """Is any set open, so that `poll` may have something to give?"""
+        return bool(self._open)
+
     def clear(self) -> None:
         """Forgets all open sets: the clock was turned back, or somebody asked for it. A new lap begins."""
         for waiting in self._open:

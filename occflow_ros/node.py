@@ -34,7 +34,7 @@ from .health import Health
 from .parameters import ParameterProblem, Settings
 from .pipeline import Pipeline, Served
 
-POLL = 0.01  # s, steady: how often deadlines of open sets are looked at
+POLLS = 5  # looks at the open sets within one deadline: a set leaves at most a fifth of it late
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,10 @@ class OccupancyNode(LifecycleNode):
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
             kind = CompressedImage if c.compressed else Image
             self._listen(self._activated, kind, c.image_topic, self._on_image, self._image_qos(), camera, name)
-        timer = self.create_timer(POLL, self._guarded(self._poll), clock=Clock(clock_type=ClockType.STEADY_TIME))
-        self._activated.append((self.destroy_timer, timer))
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self._deadlines = self.create_timer(s.set_deadline / POLLS, self._guarded(self._poll), clock=steady)
+        self._deadlines.cancel()
+        self._activated.append((self.destroy_timer, self._deadlines))
         done = super().on_activate(state)  # opens the lifecycle publishers
         self._worker.start()
         self.get_logger().info(f"active: waiting for images on {', '.join(c.image_topic for c in s.camera)}")
@@ -216,6 +218,8 @@ class OccupancyNode(LifecycleNode):
         self.health.image(name, now)
         lap = self._collector.lap
         self._post(self._collector.add(camera, convert.nanoseconds(message.header.stamp), picture, now), now)
+        if self._collector.waiting and self._deadlines.is_canceled():
+            self._deadlines.reset()
         if self._collector.lap != lap:
             self.health.count("clock jumps")
             self.get_logger().info("stamps went back: open sets and memory are forgotten, a new lap begins")
@@ -245,6 +249,8 @@ class OccupancyNode(LifecycleNode):
     def _poll(self) -> None:
         now = time.monotonic()
         self._post(self._collector.poll(now), now)
+        if not self._collector.waiting:  # every wake-up of the executor costs, and most sets complete by themselves
+            self._deadlines.cancel()
 
     def _post(self, sets: list[ImageSet], now: float) -> None:
         for images in sets:

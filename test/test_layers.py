@@ -23,7 +23,7 @@ FLOORS = [  # low to high; rooms on one floor do not see each other
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 NODE_SEES = {"occflow_ros", "runtime", "types", "geometry", "voxelflow"}  # no trainer, no dataset on the car
 # Guests sit at the top only of the files made for them; elsewhere inside the function that needs them
-HOSTS = {"occflow_ros": {"rclpy"}, "data": {"cv2"}, "show": {"cv2"}}
+HOSTS = {"occflow_ros": {"rclpy", "rosbags"}, "data": {"cv2"}, "show": {"cv2"}}
 GUESTS = {"rclpy", "triton", "numba", "rosbags", "cv2", "tyro", "tqdm", "simplejpeg", "rerun", "tensorboard", "PIL"}
 
 

@@ -1,0 +1,119 @@
+"""A parameter stands in one place: the YAML and the README only repeat it, and these tests hold them to it."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from occflow_ros.parameters import CameraSettings, Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def in_yaml() -> dict:
+    return yaml.safe_load((ROOT / "config" / "occflow.yaml").read_text())["/**"]["ros__parameters"]
+
+
+def test_the_yaml_holds_every_parameter_with_its_default():
+    given = in_yaml()
+    cameras = given.pop("camera")
+    defaults = {f.name: f.default for f in fields(Settings) if f.name != "camera"}
+    assert {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()} == defaults
+    assert tuple(cameras) == defaults["cameras"]
+    for name, settings in cameras.items():
+        assert settings.keys() == {f.name for f in fields(CameraSettings)}
+        for f in fields(CameraSettings):
+            if f.name != "offset":  # the YAML's offsets are those of one rig, as its comment says
+                assert settings[f.name] == (f.default.format(name) if isinstance(f.default, str) else f.default)
+
+
+def test_the_readme_lists_every_parameter_with_its_default_range_and_text():
+    readme = (ROOT / "README.md").read_text()
+    for line in table():
+        assert line in readme, f"README.md lacks this line of the table of parameters:\n{line}"
+
+
+def table() -> list[str]:
+    """The README's table; `python test/ros/test_parameters.py` prints it."""
+    lines = []
+    for prefix, settings in (("", Settings), ("camera.NAME.", CameraSettings)):
+        for f in fields(settings):
+            if f.name == "camera":
+                continue
+            default = f.default
+            if isinstance(default, tuple):
+                default = "nuScenes' six"
+            elif isinstance(default, bool):
+                default = str(default).lower()
+            elif isinstance(default, str):
+                default = default.replace("{}", "NAME") or '""'
+            low, high = f.metadata["low"], f.metadata["high"]
+            span = "" if low is None else f"{low:g} … {high:g}"
+            lines.append(f"| `{prefix}{f.name}` | `{default}` | {span} | {f.metadata['text'].replace('{}', 'NAME')} |")
+    return lines
+
+
+rclpy = pytest.importorskip("rclpy", reason="needs ROS 2") if __name__ != "__main__" else None
+
+
+@pytest.fixture
+def context():
+    context = rclpy.Context()
+    rclpy.init(context=context, domain_id=103)
+    yield context
+    rclpy.try_shutdown(context=context)
+
+
+@pytest.fixture
+def node(context):
+    from occflow_ros.node import OccupancyNode
+
+    node = OccupancyNode(context=context)
+    yield node
+    node.close()
+    node.destroy_node()
+
+
+@pytest.mark.dds
+def test_ranges_and_texts_are_visible_to_ros2_param_describe(node):
+    for f in fields(Settings):
+        if f.name == "camera":
+            continue
+        told = node.describe_parameter(f.name)
+        assert told.description == f.metadata["text"]
+        if f.metadata["low"] is not None:
+            (span,) = told.floating_point_range or told.integer_range
+            assert (span.from_value, span.to_value) == (f.metadata["low"], f.metadata["high"])
+
+
+@pytest.mark.dds
+def test_configure_can_fail_and_then_succeed_in_the_same_process_and_all_is_given_back(node):
+    from rclpy.lifecycle import TransitionCallbackReturn as Result
+    from rclpy.parameter import Parameter
+
+    def subscriptions():
+        return sorted(s.topic_name for s in node.subscriptions)
+
+    before = subscriptions()
+    node.set_parameters([Parameter("model", value="opus-huge")])
+    assert node.trigger_configure() == Result.FAILURE
+    assert subscriptions() == before
+    node.set_parameters([Parameter("model", value="opus-nano")])
+    for _ in range(2):
+        assert node.trigger_configure() == Result.SUCCESS
+        (refused,) = node.set_parameters([Parameter("model", value="opus-tiny")])
+        assert not refused.successful and "cleanup" in refused.reason
+        configured = subscriptions()
+        assert "/cam_front/camera_info" in configured and "/cam_front/image_raw/compressed" not in configured
+        for _ in range(2):
+            assert node.trigger_activate() == Result.SUCCESS
+            assert "/cam_front/image_raw/compressed" in subscriptions()
+            assert node.trigger_deactivate() == Result.SUCCESS
+            assert subscriptions() == configured
+        assert node.trigger_cleanup() == Result.SUCCESS
+        assert subscriptions() == before
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
