@@ -64,11 +64,13 @@ def sample(
     u = seen[..., 0] / depth.clamp_min(EPS) / picture[1]
     v = seen[..., 1] / depth.clamp_min(EPS) / picture[0]
     valid = (depth > EPS) & (u > 0) & (u < 1) & (v > 0) & (v < 1) & used[..., None]
-    view = valid.to(torch.uint8).argmax(dim=2, keepdim=True)  # the first of equals: camera 0 where nothing is valid
-    u, v = u.gather(2, view)[:, :, 0], v.gather(2, view)[:, :, 0]
-    counts = used[..., None] if as_published else valid
-    counts = counts.expand_as(valid).gather(2, view)[:, :, 0]
-    view = view[:, :, 0]
+    view = torch.full_like(valid[:, :, 0], n - 1, dtype=torch.int32)  # (B, T, P)
+    for camera in range(n - 2, -1, -1):  # the first valid one wins; where none is, it is camera 0
+        view = torch.where(valid[:, :, camera], camera, view)
+    found = valid.any(dim=2)
+    view = view.where(found, 0).long()
+    u, v = (coordinate.gather(2, view[:, :, None])[:, :, 0] for coordinate in (u, v))
+    counts = used.gather(2, view) if as_published else found  # (B, T, P): whether the point takes part at all
 
     # ---- the level weights of each time: (B, T, P, L)
     if as_published:
@@ -81,22 +83,21 @@ def sample(
     level_weights = level_weights.reshape(b, t, q * s * g, len(sizes)) * counts[..., None]
 
     # ---- four corners of every level: which row, and how much of it, (B, T, P, 4 L)
-    group = torch.arange(g, device=points.device).repeat(q * s)
-    index, share, first = [], [], 0
+    group = torch.arange(g, dtype=torch.int32, device=points.device).repeat(q * s)
+    index, share, first = [], [], view.int() * total
     for level, (height, width) in enumerate(sizes):
         if as_published:
             x, y = u * (width - 1), v * (height - 1)
         else:  # within half a cell of the border the nearest cell is the best there is
             x, y = (u * width - 0.5).clamp(0, width - 1), (v * height - 0.5).clamp(0, height - 1)
-        left, top = x.floor(), y.floor()
-        for cell_y, part_y in ((top, 1 - (y - top)), (top + 1, y - top)):
-            for cell_x, part_x in ((left, 1 - (x - left)), (left + 1, x - left)):
-                inside = (cell_x >= 0) & (cell_x < width) & (cell_y >= 0) & (cell_y < height)
-                cell = cell_y.clamp(0, height - 1).long() * width + cell_x.clamp(0, width - 1).long()
-                index.append(((view * total + first + cell) * g + group).clamp(0, n * total * g - 1))
-                share.append(part_x * part_y * inside * level_weights[..., level])
-        first += height * width
-    index, share = torch.stack(index, dim=-1), torch.stack(share, dim=-1)
+        column, part_x = _neighbours(x, width)
+        row, part_y = _neighbours(y, height)
+        cell = (row[..., :, None] * width + column[..., None, :]).flatten(-2)
+        index.append((first[..., None] + cell) * g + group[:, None])
+        part = (part_y[..., :, None] * part_x[..., None, :]).flatten(-2)
+        share.append(part * level_weights[..., level, None])
+        first = first + height * width
+    index, share = torch.cat(index, dim=-1), torch.cat(share, dim=-1)
 
     # ---- gather: a weighted sum of rows for every point
     sampled = [
@@ -106,3 +107,14 @@ def sample(
     ]
     sampled = torch.stack(sampled).view(b, t, q, s, g, channels)
     return sampled.permute(0, 2, 4, 1, 3, 5).reshape(b, q, g, t * s, channels)
+
+
+def _neighbours(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The two cells around x (...), in cells, and their shares, (..., 2) each; a cell outside [0, size) has none.
+
+    A coordinate that is not finite makes shares that are not finite, but never a cell that does not exist.
+    """
+    left = x.floor()
+    cells = torch.stack([left, left + 1], dim=-1)
+    share = torch.stack([1 - (x - left), x - left], dim=-1) * ((cells >= 0) & (cells < size))
+    return cells.nan_to_num().clamp(0, size - 1).int(), share
