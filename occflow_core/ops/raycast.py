@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 STEPS = 1001  # the published tracer's limit; a walk that begins inside a 200 x 200 x 16 grid needs at most 416
+_FAR = 2.0**52  # where origins are clamped: no integer holds 1e300
 _NEVER = torch.finfo(torch.float64).max  # when a ray that runs along an axis' borders meets one
 
 
@@ -33,6 +34,7 @@ def cast(filled: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, T
     ValueError on wrong shapes and on rays that are not finite.
     """
     origins, directions = _rays(filled, origins, directions)
+    directions = directions / directions.pow(2).sum(1, keepdim=True).sqrt()
     fast = _fast(filled)
     if fast is not None:
         return fast.cast(filled, origins, directions)
@@ -82,7 +84,7 @@ def _walk(filled: Tensor, origins: Tensor, directions: Tensor):
 
 
 def _rays(filled: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked, in float64, directions of unit length."""
+    """Checked, in float64."""
     if filled.ndim != 3 or filled.dtype != torch.bool:
         raise ValueError(f"rays: filled must be (X, Y, Z) bool, got {tuple(filled.shape)} {filled.dtype}")
     if origins.shape != directions.shape or origins.ndim != 2 or origins.shape[1] != 3:
@@ -91,15 +93,15 @@ def _rays(filled: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, 
             f"got {tuple(origins.shape)} and {tuple(directions.shape)}"
         )
     origins, directions = origins.to(filled.device, torch.float64), directions.to(filled.device, torch.float64)
-    length = directions.pow(2).sum(1, keepdim=True).sqrt()
-    if not (torch.isfinite(origins).all() and torch.isfinite(length).all() and (length > 0).all()):
+    finite = torch.isfinite(origins).all() and torch.isfinite(directions).all()
+    if not finite or not (directions != 0).any(1).all():
         raise ValueError("rays: origins and directions must be finite and directions longer than zero")
-    return origins, directions / length
+    return origins, directions
 
 
 def _start(origins: Tensor) -> Tensor:
-    """Cut toward zero, as a cast does in C; far origins are clamped, since no integer holds 1e300."""
-    return origins.trunc().clamp(-(2.0**52), 2.0**52).to(torch.int64)
+    """Cut toward zero, as a cast does in C."""
+    return origins.clamp(-_FAR, _FAR).trunc().to(torch.int64)
 
 
 def _fast(filled: Tensor):

@@ -1,5 +1,7 @@
 """Which voxels the cameras of this set can speak for. N cameras, R rays, X Y Z voxels."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,27 +27,45 @@ def observed(filled: Tensor, grid: Grid, cameras: Cameras, used: Tensor) -> Tens
     # everything in voxel units: straight lines stay straight, whatever the voxels' edges
     metres_from_voxels = torch.diag(torch.tensor([*grid.voxel, 1.0], dtype=torch.float64))
     metres_from_voxels[:3, 3] = torch.tensor(grid.low)
+    chosen = cameras[used].to("cpu", torch.float64)
+    eyes = (chosen.car_from_camera[:, :3, 3] - metres_from_voxels[:3, 3]) / metres_from_voxels.diag()[:3]  # (M, 3)
+    edges = _edges(chosen) @ metres_from_voxels  # (M, 5, 4)
+    fast = _numba() if filled.device.type == "cpu" else None
+    if fast is not None:
+        return fast.observed(filled, eyes, edges)
     out = torch.zeros_like(filled)
-    for i in used.nonzero()[:, 0].tolist():
-        camera = cameras[i].to("cpu", torch.float64)
-        eye = (camera.car_from_camera[:3, 3] - metres_from_voxels[:3, 3]) / metres_from_voxels.diag()[:3]
-        targets = _targets(grid.shape, eye, _edges(camera) @ metres_from_voxels)
-        home = eye.floor().long().tolist()
-        blocks = filled
-        if all(0 <= v < n for v, n in zip(home, grid.shape, strict=True)) and filled[tuple(home)]:
-            blocks = filled.clone()
-            blocks[tuple(home)] = False
+    for eye, its_edges in zip(eyes, edges):
+        targets = _targets(grid.shape, eye, its_edges)
         if len(targets):
-            out |= swept(blocks, _entries(grid.shape, eye, targets), targets - eye)
+            out |= swept(_opened(filled, eye), _entries(grid.shape, eye, targets), targets - eye)
     return out
 
 
-def _edges(camera: Cameras) -> Tensor:
-    """(5, 4): functions of homogeneous metres that are positive where `Cameras.sees` says yes: left of the picture's
-    right edge and so on, and in front."""
-    x, y, depth = camera.pixels_from_car()
+def _opened(filled: Tensor, eye: Tensor) -> Tensor:
+    """Without the voxel that the eye is in."""
+    home = tuple(eye.floor().long().tolist())
+    if all(0 <= v < n for v, n in zip(home, filled.shape, strict=True)) and filled[home]:
+        filled = filled.clone()
+        filled[home] = False
+    return filled
+
+
+@cache
+def _numba():
+    """The compiled twin, or None where numba is not installed."""
+    try:
+        from . import visibility_numba
+    except ImportError:
+        return None
+    return visibility_numba
+
+
+def _edges(cameras: Cameras) -> Tensor:
+    """(M, 5, 4): functions of homogeneous metres that are positive where `Cameras.sees` says yes: right of the
+    picture's left edge, left of its right edge, below, above, and in front of the camera."""
+    x, y, depth = cameras.pixels_from_car().unbind(-2)
     near = depth - depth.new_tensor([0, 0, 0, 1e-5])
-    return torch.stack([x, camera.width * depth - x, y, camera.height * depth - y, near])
+    return torch.stack([x, cameras.width * depth - x, y, cameras.height * depth - y, near], dim=-2)
 
 
 def _targets(shape: tuple[int, int, int], eye: Tensor, edges: Tensor) -> Tensor:

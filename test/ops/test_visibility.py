@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from occflow_core.geometry import OCC3D_GRID, Cameras, Grid, rigid
-from occflow_core.ops import observed, raycast
+from occflow_core.ops import observed, raycast, visibility
 
 GRID = Grid((-8.0, -6.0, -1.0), (0.4, 0.4, 0.4), (40, 30, 12))
 
@@ -130,11 +130,16 @@ def test_a_voxel_around_the_lens_does_not_blind_the_camera():
     assert torch.equal(observed(filled, GRID, RING[:1], ALL[:1]), without) and without.sum() > free.sum() // 2
 
 
-def test_the_plain_rays_give_the_same_mask(monkeypatch):
-    filled = clutter(0.02)
-    fast = observed(filled, GRID, RING, ALL)
+@pytest.mark.parametrize("density", [0.0, 0.02])
+def test_the_compiled_twin_gives_the_same_mask(monkeypatch, density):
+    pytest.importorskip("numba", reason="the compiled twin needs numba: pip install numba")
+    filled = clutter(density)
+    views = [RING, *(camera(yaw, place, 10.0) for yaw, place in ((20, (-11.0, 1.0, 1.0)), (200, (0.2, 0.2, 9.0))))]
+    fast = [observed(filled, GRID, view, ALL[: len(view)]) for view in views]
+    monkeypatch.setattr(visibility, "_numba", lambda: None)
     monkeypatch.setattr(raycast, "_numba", lambda: None)
-    assert torch.equal(observed(filled, GRID, RING, ALL), fast)
+    for view, mask in zip(views, fast):
+        assert torch.equal(observed(filled, GRID, view, ALL[: len(view)]), mask)
 
 
 def test_cameras_told_in_float32_observe_what_they_see():
