@@ -25,6 +25,7 @@ _PAPER, _INK, _FAINT = (246, 247, 249), (28, 32, 38), (132, 140, 150)
 _UNSEEN = (188, 184, 200)  # space that no camera of this set looked into
 _ARROW = (20, 20, 24)
 _CAR = ((-1.0, -0.95, 0.3), (3.7, 0.95, 1.0)), ((-0.6, -0.8, 1.0), (2.0, 0.8, 1.65))  # low, high corners, m
+_CAR_TONES = (250, 250, 252), (60, 66, 76)
 _EYE, _LOOK, _OPENING = (-24.0, 0.0, 15.0), (6.0, 0.0, 0.0), 60.0  # view from behind: m, m, degrees across
 _SUN = np.array([-0.35, 0.55, 0.76])  # towards it
 SLOW = 0.3  # m/s, below which nothing gets an arrow
@@ -143,9 +144,9 @@ def _cameras(images: Tensor, names: Sequence[str], used: Sequence[bool]) -> np.n
             cv2.line(tile, (0, TILE[1]), (TILE[0], 0), (72, 72, 76), 2, cv2.LINE_AA)
             _text(tile, "no image in this set", (TILE[0] // 2, TILE[1] // 2 + 8), 0.8, (255, 196, 120), centred=True)
         label = names[i].lower().replace("cam_", "").replace("_", " ")
-        (w, _), _ = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 1)
-        tile[:28, : w + 20] = tile[:28, : w + 20] // 3
-        _text(tile, label, (10, 20), 0.6, (255, 255, 255))
+        (w, _), _ = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, 0.65, 1)
+        tile[:30, : w + 22] = tile[:30, : w + 22] // 3
+        _text(tile, label, (10, 21), 0.65, (255, 255, 255))
         tiles.append(tile)
     while len(tiles) % 3:
         tiles.append(_paper(TILE[1], TILE[0]))
@@ -176,7 +177,7 @@ def _legend(width: int, prediction: Prediction) -> np.ndarray:
     lines, x, y = [], 16, 30
     for name, colour in items:
         (w, _), _ = cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, 0.62, 1)
-        if x + w + 40 > width - 330:
+        if x + w + 40 > width - 400:
             x, y = 16, y + 34
         lines.append((name, colour, x, y))
         x += w + 62
@@ -185,8 +186,11 @@ def _legend(width: int, prediction: Prediction) -> np.ndarray:
         cv2.rectangle(bar, (x, y - 15), (x + 22, y + 3), colour, -1)
         cv2.rectangle(bar, (x, y - 15), (x + 22, y + 3), tuple(c // 2 for c in colour), 1)
         _text(bar, name, (x + 30, y), 0.62, _INK)
-    _arrow(bar, (width - 300, 24), (width - 250, 24))
-    _text(bar, "the way of the next second", (width - 238, 30), 0.55, _INK)
+    if prediction.flow is not None:
+        note = "where it will be in a second"
+        (w, _), _ = cv2.getTextSize(note, cv2.FONT_HERSHEY_SIMPLEX, 0.62, 1)
+        _arrow(bar, (width - w - 76, 25), (width - w - 26, 25))
+        _text(bar, note, (width - w - 14, 30), 0.62, _INK)
     return bar
 
 
@@ -241,11 +245,13 @@ def _above(prediction: Prediction, moving) -> np.ndarray:
         return int(left + (grid.high[1] - point[1]) / grid.size[1] * size[0]), int(above + ahead)
 
     here, overlay = pixel((0.0, 0.0)), view.copy()
-    for metres in range(10, round(max(grid.size) / 2) + 1, 10):
-        cv2.circle(overlay, here, round(metres / grid.size[0] * size[1]), (70, 78, 90), 1, cv2.LINE_AA)
-        _text(overlay, f"{metres} m", (here[0] + 4, pixel((metres, 0.0))[1] + 16), 0.45, (70, 78, 90))
-    view = cv2.addWeighted(overlay, 0.55, view, 0.45, 0.0)
-    for (low, high), tone in zip(_CAR, ((250, 250, 252), (60, 66, 76))):
+    rings = range(10, round(grid.high[0]), 10)
+    for metres in rings:
+        cv2.circle(overlay, here, round(metres / grid.size[0] * size[1]), _INK, 1, cv2.LINE_AA)
+    view = cv2.addWeighted(overlay, 0.45, view, 0.55, 0.0)
+    for metres in rings:
+        _tag(view, f"{metres} m", (here[0] - 22, pixel((metres, 0.0))[1] + 6), 0.42)
+    for (low, high), tone in zip(_CAR, _CAR_TONES):
         cv2.rectangle(view, pixel(high), pixel(low), tone, -1, cv2.LINE_AA)
         cv2.rectangle(view, pixel(high), pixel(low), _INK, 1, cv2.LINE_AA)
     for place, velocity in moving:
@@ -255,18 +261,17 @@ def _above(prediction: Prediction, moving) -> np.ndarray:
 
 
 def _behind(prediction: Prediction, moving, width: int) -> np.ndarray:
-    """The grid as seen from above and behind the car: rays through every pixel to the first filled voxel."""
+    """The grid as seen from above and behind the car: rays through every pixel to the first filled voxel. P pixels."""
     grid, height = prediction.grid, VIEW
-    low, edge = np.array(grid.low), np.array(grid.voxel)
-    eye = np.array(_EYE)
+    low, edge, eye = np.array(grid.low), np.array(grid.voxel), np.array(_EYE)
     ahead = np.array(_LOOK) - eye
     ahead /= np.linalg.norm(ahead)
     right = np.cross(ahead, [0.0, 0.0, 1.0])
     right /= np.linalg.norm(right)
     down = np.cross(ahead, right)
     focal = width / 2 / math.tan(math.radians(_OPENING) / 2)
-    u, v = np.arange(width) + 0.5 - width / 2, np.arange(height) + 0.5 - height / 2
-    ray = ahead + (u / focal)[None, :, None] * right + (v / focal)[:, None, None] * down  # (H, W, 3), depth 1
+    u, v = (np.arange(width) + 0.5 - width / 2) / focal, (np.arange(height) + 0.5 - height / 2) / focal
+    rays = [(ahead[k] + v[:, None] * down[k] + u[None] * right[k]).ravel() for k in range(3)]  # 3 x (P,), depth 1
 
     def project(point):
         seen = np.asarray(point) - eye
@@ -276,23 +281,22 @@ def _behind(prediction: Prediction, moving, width: int) -> np.ndarray:
         return int(width / 2 + focal * (seen @ right) / depth), int(height / 2 + focal * (seen @ down) / depth)
 
     # paper, and the floor of the grid on it
-    colour = np.empty((height, width, 3), np.float32)
-    colour[:] = np.linspace((226, 234, 244), _PAPER, height)[:, None]
-    depth = np.full((height, width), np.inf, np.float32)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        fall = (low[2] - eye[2]) / ray[..., 2]
-    floor = eye[:2] + fall[..., None] * ray[..., :2]
-    cell = np.floor((floor - low[:2]) / edge[:2])
-    on = (fall > 0) & (cell >= 0).all(-1) & (cell < grid.shape[:2]).all(-1)
-    tile = (np.floor(floor[on] / 4.0).sum(-1) % 2)[:, None]
-    colour[on] = np.where(tile > 0, np.float32((233, 235, 239)), np.float32((226, 229, 234)))
+    colour = np.repeat(np.linspace((226, 234, 244), _PAPER, height, dtype=np.float32), width, axis=0)  # (P, 3)
+    depth = np.full(len(colour), np.inf)
+    falling = np.flatnonzero(rays[2] < -1e-6)
+    fall = (low[2] - eye[2]) / rays[2][falling]
+    x, y = ((eye[k] + fall * rays[k][falling] - low[k]) / edge[k] for k in range(2))
+    on = (x >= 0) & (x < grid.shape[0]) & (y >= 0) & (y < grid.shape[1])
+    x, y, falling = x[on].astype(np.int32), y[on].astype(np.int32), falling[on]
+    field = (x * edge[0] // 4 + y * edge[1] // 4) % 2  # of 4 m
+    floor = np.float32([(226, 229, 234), (233, 235, 239)])[field.astype(np.int32)]
     if prediction.unobserved is not None:
-        unseen = _column_unseen(prediction)[tuple(cell[on].astype(np.int64).T)]
-        colour[on] = _veiled(colour[on], unseen, np.zeros(len(unseen), bool))
-    _voxels(prediction, eye, ray, colour, depth)
-    for (near, far), tone in zip(_CAR, ((250, 250, 252), (60, 66, 76))):
-        _solid(near, far, tone, eye, ray, colour, depth)
-    view = colour.clip(0, 255).astype(np.uint8)
+        floor = _veiled(floor, _column_unseen(prediction)[x, y], np.zeros(len(x), bool))
+    colour[falling] = floor
+    _voxels(prediction, eye, rays, focal, colour, depth)
+    for (near, far), tone in zip(_CAR, _CAR_TONES):
+        _solid(near, far, tone, eye, rays, colour, depth)
+    view = colour.clip(0, 255).astype(np.uint8).reshape(height, width, 3)
     for place, velocity in sorted(moving, key=lambda thing: -(thing[0] - eye) @ ahead):
         begin, end = place + [0, 0, 0.3], place + [*velocity, 0.3]
         if project(begin) and project(end):
@@ -301,79 +305,87 @@ def _behind(prediction: Prediction, moving, width: int) -> np.ndarray:
     return view
 
 
-def _voxels(prediction: Prediction, eye, ray, colour, depth) -> None:
-    """Paints the filled voxels that the rays meet into colour (H, W, 3) and depth (H, W)."""
+def _slabs(low, high, start, rays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """When rays enter and leave a box, in their own lengths, and along which axis they enter, each (P,)."""
+    enter, leave, axis = np.full(len(rays[0]), -np.inf), np.full(len(rays[0]), np.inf), np.zeros(len(rays[0]), np.int8)
+    for k in range(3):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            a, b = (low[k] - start[k]) / rays[k], (high[k] - start[k]) / rays[k]
+        first = np.fmin(a, b)
+        axis[first > enter] = k
+        enter, leave = np.fmax(enter, first), np.fmin(leave, np.fmax(a, b))
+    return enter, leave, axis
+
+
+def _voxels(prediction: Prediction, eye, rays, focal: float, colour, depth) -> None:
+    """Paints the filled voxels that the rays meet into colour (P, 3) and depth (P,)."""
     filled = prediction.labels.cpu() != prediction.classes.free
     if not filled.any():
         return
     top = int(filled.any(0).any(0).nonzero().max()) + 1
     filled = filled[:, :, :top].contiguous()
-    labels = prediction.labels.cpu().numpy()[:, :, :top]
-    low, edge = np.array(prediction.grid.low), np.array(prediction.grid.voxel)
-    size = np.array(filled.shape)
-    start, way = (eye - low) / edge, (ray / edge).reshape(-1, 3)
+    labels = prediction.labels.cpu()[:, :, :top].contiguous().numpy().ravel()
+    edge, size = np.array(prediction.grid.voxel), np.array(filled.shape)
+    start, ways = (eye - np.array(prediction.grid.low)) / edge, [ray / e for ray, e in zip(rays, edge)]
     # only rays that meet the box of what is filled, from where they enter it
-    with np.errstate(divide="ignore", invalid="ignore"):
-        a, b = -start / way, (size - start) / way
-    enter, leave = np.minimum(a, b).max(1).clip(0), np.maximum(a, b).min(1)
-    pixels = np.flatnonzero(leave > enter)
-    way, enter = way[pixels], enter[pixels, None]
-    inside = (start + enter * way).clip(0, np.nextafter(size.astype(float), 0))
+    enter, leave, _ = _slabs(np.zeros(3), size, start, ways)
+    pixels = np.flatnonzero(leave > enter.clip(0))
+    way = np.stack([w[pixels] for w in ways], 1)
+    inside = (start + enter[pixels].clip(0)[:, None] * way).clip(0, np.nextafter(size.astype(float), 0))
     _, index = ops.cast(filled, torch.from_numpy(inside), torch.from_numpy(way))
-    index = index.numpy()
-    hit = filled.numpy()[tuple(index.T)]
-    pixels, way, index = pixels[hit], way[hit], index[hit]
-    # the face: that through which the ray came in, the last of three borders
-    with np.errstate(divide="ignore", invalid="ignore"):
-        borders = (index + (way < 0) - start) / way
-    borders[~np.isfinite(borders)] = -np.inf
-    axis = borders.argmax(1)
-    far = np.take_along_axis(borders, axis[:, None], 1)[:, 0]
-    facing = -np.sign(np.take_along_axis(way, axis[:, None], 1)[:, 0]).astype(int)
-    before = index.copy()
-    before[np.arange(len(axis)), axis] += facing  # the free voxel before the face
+    flat = index.numpy() @ [size[1] * size[2], size[2], 1]
+    hit = np.flatnonzero(filled.numpy().ravel()[flat])
+    pixels, flat = pixels[hit], flat[hit]
+    ways, index = np.ascontiguousarray(way[hit].T), np.ascontiguousarray(index.numpy()[hit].T)
+    # the face: that through which the ray came in
+    far, _, axis = _slabs(index, index + 1, start, ways)
+    facing = np.where(np.choose(axis, ways) > 0, -1, 1)
     # light: by the face, less in corners, and less where something stands between the face and the sun
-    light = np.select([axis == 2, axis == 0], [np.where(facing > 0, 1.0, 0.5), np.where(facing > 0, 0.7, 0.84)], 0.76)
-    crowd = torch.nn.functional.avg_pool3d(filled[None].float(), (5, 5, 3), 1, (2, 2, 1), count_include_pad=True)[0]
-    light = light * (1.08 - 0.5 * crowd.numpy()[tuple(before.clip(0, size - 1).T)])
-    light = light * np.where(_shaded(filled, index, axis, facing), 0.74, 1.0)
+    face = axis * 2 + (facing > 0)
+    light = np.array([0.84, 0.7, 0.76, 0.76, 0.5, 1.0])[face]
+    room = torch.nn.functional.pad(filled[None].float(), (1, 1, 1, 1, 1, 1))
+    for kernel in ((5, 1, 1), (1, 5, 1), (1, 1, 3)):
+        room = torch.nn.functional.avg_pool3d(room, kernel, 1, tuple(n // 2 for n in kernel))
+    stride = np.array([(size[1] + 2) * (size[2] + 2), size[2] + 2, 1])
+    before = stride @ (index + 1) + facing * stride[axis]  # the free voxel before the face
+    light *= 1.08 - 0.5 * room.numpy().ravel()[before]
+    light[_shaded(filled, flat, face)] *= 0.74
     # thin lines between voxels, as long as one is some pixels wide
-    place = start + far[:, None] * way - index
-    place[np.arange(len(axis)), axis] = 0.5
-    rim = np.minimum(place, 1 - place).min(1)
-    wide = 1.4 * far / 600.0  # of a voxel, about one pixel
-    light = light * np.where((rim < wide / edge.min()) & (far < 60.0), 0.86, 1.0)
-    own = _palette(prediction.classes)[labels[tuple(index.T)]] * light[:, None]
+    rim = np.full(len(far), np.inf)
+    for k in range(3):
+        place = start[k] + far * ways[k] - index[k]
+        rim = np.where(axis == k, rim, np.minimum(rim, np.minimum(place, 1 - place)))
+    light[(rim < 0.7 * far / focal / edge.min()) & (far < 60.0)] *= 0.86
+    own = _palette(prediction.classes)[labels[flat]] * light[:, None].astype(np.float32)
     if prediction.unobserved is not None:
-        unseen = prediction.unobserved.cpu().numpy()[:, :, :top][tuple(index.T)]
-        own = np.where(unseen[:, None], 0.45 * own + 0.55 * np.float32(_UNSEEN), own)
-    mist = np.clip((far - 45.0) / 70.0, 0.0, 0.5)[:, None]
-    colour.reshape(-1, 3)[pixels] = own * (1 - mist) + np.float32(_PAPER) * mist
-    depth.reshape(-1)[pixels] = far
+        unseen = prediction.unobserved.cpu()[:, :, :top].contiguous().numpy().ravel()[flat]
+        own[unseen] = own[unseen] * 0.62 + np.float32(_UNSEEN) * 0.38
+    mist = np.clip((far - 45.0) / 70.0, 0.0, 0.5)[:, None].astype(np.float32)
+    colour[pixels] = own * (1 - mist) + np.float32(_PAPER) * mist
+    depth[pixels] = far
 
 
-def _shaded(filled: Tensor, index, axis, facing) -> np.ndarray:
-    """Which faces the sun does not reach: one ray from the middle of each face that is in the picture."""
+def _shaded(filled: Tensor, flat: np.ndarray, face: np.ndarray) -> np.ndarray:
+    """Which of the faces (voxel, 2 * axis + upper) the sun does not reach: one ray from the middle of each."""
     size = np.array(filled.shape)
-    key = (np.ravel_multi_index(tuple(index.T), filled.shape) * 3 + axis) * 2 + (facing > 0)
-    _, first, back = np.unique(key, return_index=True, return_inverse=True)
-    middle = index[first] + 0.5
-    middle[np.arange(len(first)), axis[first]] += 0.501 * facing[first]
+    table = np.zeros(filled.numel() * 6, bool)
+    key = flat * 6 + face
+    table[key] = True
+    faces = np.flatnonzero(table)
+    middle = np.stack(np.unravel_index(faces // 6, filled.shape), 1) + 0.5
+    middle[np.arange(len(faces)), faces % 6 // 2] += np.where(faces % 2 == 1, 0.501, -0.501)
     outside = ((middle < 0) | (middle >= size)).any(1)
     sun = torch.from_numpy(np.broadcast_to(_SUN, middle.shape).copy())
     _, end = ops.cast(filled, torch.from_numpy(middle.clip(0, size - 1e-6)), sun)
-    return (filled.numpy()[tuple(end.numpy().T)] & ~outside)[back]
+    table[faces] = filled.numpy()[tuple(end.numpy().T)] & ~outside
+    return table[key]
 
 
-def _solid(near, far, tone, eye, ray, colour, depth) -> None:
-    """Paints a box from corner `near` to corner `far` in front of what is farther."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        a, b = (np.array(near) - eye) / ray, (np.array(far) - eye) / ray
-    enter, leave = np.minimum(a, b), np.maximum(a, b).min(-1)
-    axis, enter = enter.argmax(-1), enter.max(-1)
-    hit = (enter > 0) & (enter < leave) & (enter < depth)
-    light = np.array([0.8, 0.7, 1.0])[axis[hit]]
-    colour[hit] = np.float32(tone) * light[:, None]
+def _solid(low, high, tone, eye, rays, colour, depth) -> None:
+    """Paints a box in front of what is farther."""
+    enter, leave, axis = _slabs(low, high, eye, rays)
+    hit = np.flatnonzero((enter > 0) & (enter < leave) & (enter < depth))
+    colour[hit] = np.float32(tone) * np.float32([0.8, 0.7, 1.0])[axis[hit], None]
     depth[hit] = enter[hit]
 
 
@@ -393,7 +405,7 @@ def _column_unseen(prediction: Prediction) -> np.ndarray:
 
 def _veiled(colour, unseen, something):
     """Colours under the tint of what was not observed; what is predicted there shows through."""
-    veil = (unseen * np.where(something, 0.5, 1.0))[..., None]
+    veil = (unseen * np.where(something, 0.38, 1.0))[..., None]
     return colour * (1 - veil) + np.float32(_UNSEEN) * veil
 
 
@@ -407,8 +419,16 @@ def _arrow(view: np.ndarray, begin, end) -> None:
 
 
 def _caption(view: np.ndarray, text: str) -> None:
-    _text(view, text, (14, 28), 0.65, (255, 255, 255), 4)
-    _text(view, text, (14, 28), 0.65, _INK)
+    _tag(view, text, (12, 28), 0.65)
+
+
+def _tag(view: np.ndarray, text: str, at, size: float) -> None:
+    """A line of text on a piece of paper that lets some of the picture through."""
+    (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
+    x, y = max(at[0] - 6, 0), max(at[1] - height - 6, 0)
+    piece = view[y : at[1] + 7, x : at[0] + width + 6]
+    piece[:] = (piece * 0.25 + np.float32(_PAPER) * 0.75).astype(np.uint8)
+    _text(view, text, at, size, _INK)
 
 
 def _text(view, text: str, at, size: float, colour, thick: int = 1, centred: bool = False) -> int:
