@@ -1,0 +1,80 @@
+"""The command line: what it makes, and one sentence with a code where it cannot."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from occflow_core.data import pattern
+from occflow_core.data.bag import read_bag, write_bag
+
+
+def occflow(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "occflow_core", *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("show", "nowhere", "nowhere", "out"), "nowhere"),
+        (("convert", "opus-nanoo", "a.pth", "b.safetensors"), "nearest is 'opus-nano'"),
+        (("convert", "opus-tiny", "nowhere.pth", "b.safetensors"), "nowhere.pth"),
+        (("bench", "node", "--pictures", "nowhere"), "nowhere"),
+        (("demo", "--seconds", "0"), "no frame"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, tuple) else "",
+)
+def test_a_mistake_ends_with_one_sentence_and_code_1(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    ended = occflow(*arguments)
+    assert ended.returncode == 1, ended
+    assert ended.stderr.startswith("occflow: ") and words in ended.stderr and "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []  # nothing half-written, nothing at all
+
+
+def test_an_unknown_word_is_code_2_and_help_is_code_0():
+    assert occflow("dance").returncode == 2
+    assert occflow("show", "--help").returncode == 0
+
+
+@pytest.mark.dds
+def test_bench_node_prints_a_table_and_writes_the_same_figures_as_json(tmp_path):
+    pytest.importorskip("rclpy", reason="needs ROS 2")
+    ended = occflow("bench", "node", "--sets", "5", "--out", tmp_path / "node.json")
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads((tmp_path / "node.json").read_text())
+    assert set(figures["ms"]) == {"receive", "collect", "decode", "assemble", "convert", "publish", "all"}
+    for stage, ms in figures["ms"].items():
+        assert 0 < ms["p50"] <= ms["p95"] <= ms["p99"]
+        assert f"| {stage} | {ms['p50']} |" in ended.stdout
+
+
+@pytest.mark.dds
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_short_demo_leaves_pictures_bags_and_a_summary_that_counts_right(tmp_path):
+    pytest.importorskip("rclpy", reason="needs ROS 2")
+    from occflow_core.demo import run
+
+    said = run(tmp_path / "demo", seconds=1.0, rate=0.5)
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    out = summary["messages out"]
+    assert summary["sweeps in the recording"] == 12
+    assert sum(summary["sets"][k] for k in ("complete", "partial")) == 12
+    assert out >= 1 and out + summary["sets"]["skipped"] == 12
+    assert summary["model"] == "opus-nano (untrained)" and not summary["trained"] and "untrained" in said
+    assert {"decode", "assemble", "network", "convert", "publish", "latency"} <= set(summary["latency ms"])
+    assert summary["node exit code"] == 0
+    assert len(list((tmp_path / "demo" / "pictures").glob("*.png"))) == out
+    assert len(list(read_bag(tmp_path / "demo" / "predictions"))) == out
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    shown = occflow("show", tmp_path / "demo" / "recording", tmp_path / "demo" / "predictions", tmp_path / "again")
+    assert shown.returncode == 0 and len(list((tmp_path / "again").glob("*.png"))) == out
+
+
+def test_show_names_a_recording_without_the_cameras(tmp_path):
+    write_bag(tmp_path / "bag", pattern.drive(1, height=90, width=160), pattern.rig(90, 160), progress=False)
+    ended = occflow("show", tmp_path / "bag", tmp_path / "bag", tmp_path / "out")
+    assert ended.returncode == 1 and "occflow_msgs/msg/VoxelFlow" in ended.stderr
