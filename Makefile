@@ -1,6 +1,7 @@
 # Everything happens in .venv, which tools/setup.py makes and keeps; a second call installs nothing.
-PYTHON ?= python3
 VENV := .venv
+# the one that .venv was made with, and at first python3; `make setup PYTHON=python3.12` chooses another
+PYTHON ?= $(shell test -x $(VENV)/bin/python && echo $(VENV)/bin/python || echo python3)
 ARGS ?=
 
 # A sourced ROS would mix with the one in .venv: these targets do not see it.

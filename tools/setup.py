@@ -194,7 +194,7 @@ def foreign_tf2_msgs():
 
 def stages(level):
     """(name, what the user reads, its cause, the work) in order; each cause includes the one before it."""
-    interpreter = f"{sys.version_info[:3]} {sys.base_prefix} {VENV}"
+    interpreter = f"{sys.version_info[:2]} {VENV}"  # a venv cannot be moved
     pins, run_txt, test_txt = (ROOT / "requirements" / f"{name}.txt" for name in ("constraints", "run", "test"))
     ours = [ROOT / name for name in ("setup.py", "setup.cfg", "package.xml")]
     ours += [ROOT / name for name in ("launch", "config", "rviz", "resource", "scripts", "msg/msg")]
