@@ -20,7 +20,7 @@ S sampled points of a group and time, C channels, K classes.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +213,8 @@ class Opus(nn.Module):
 
     def encode(self, images: Tensor, used: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
         """Pictures (B, T, N, 3, H, W) uint8 -> pyramids (B, T, N, R, C) and the sizes of their levels."""
-        pictures = ((images.flatten(0, 2) - self.mean) / self.std) * used.flatten()[:, None, None, None]
+        pictures = (images.flatten(0, 2) - self.mean) / self.std
+        pictures = pictures * used.flatten()[:, None, None, None]  # in training, batch norm looks at all
         levels = self.neck(self.backbone(pictures.contiguous(memory_format=torch.channels_last)))
         rows, sizes = ops.flatten_levels(levels)
         return rows.unflatten(0, images.shape[:3]), sizes
@@ -254,7 +255,7 @@ def _remember(clip: Clip, rows: Tensor, memory: Memory | None, frames: int) -> t
         past = []
         if memory is not None and not forget:
             past = [
-                Entry(e.rows, e.cameras, e.used, now_from_last[b] @ e.now_from_then, e.age + since_last[b])
+                replace(e, now_from_then=now_from_last[b] @ e.now_from_then, age=e.age + since_last[b])
                 for e in memory.lanes[b]
             ]
         if any(e.rows.shape != rows.shape[2:] for e in past):
@@ -262,8 +263,7 @@ def _remember(clip: Clip, rows: Tensor, memory: Memory | None, frames: int) -> t
         windows.append(given if len(given) == frames else _window(given + past, frames))
         for entry in reversed(given):  # oldest first
             if not past or past[0].age - entry.age >= KEEP_EVERY - JITTER:
-                kept = Entry(entry.rows.detach(), entry.cameras, entry.used, entry.now_from_then, entry.age)
-                past = [kept, *past]
+                past = [replace(entry, rows=entry.rows.detach()), *past]
         lanes.append(tuple(past[:KEEP]))
     return windows, Memory(tuple(lanes))
 

@@ -8,6 +8,7 @@ from systems.rig import ring
 from torch.nn import functional as F
 
 from occflow_core.ops import flatten_levels, sample
+from occflow_core.ops.sample import _neighbours
 
 PICTURE = (64, 96)
 SIZES = ((16, 24), (8, 12), (4, 6), (2, 3))
@@ -173,6 +174,12 @@ def test_points_behind_far_away_or_not_finite_are_survived(as_published):
     rest = look(levels, matrix, used, points[:, 3:], weights[:, 3:], as_published)
     assert torch.equal(told[:, 3:], rest)
     assert torch.isfinite(told[1]).all()
+
+
+def test_no_coordinate_leads_to_a_cell_that_does_not_exist():
+    cells, share = _neighbours(torch.tensor([-1e30, -0.5, 2.25, 6.5, 1e30, float("inf"), float("nan")]), 7)
+    assert cells.min() >= 0 and cells.max() <= 6
+    assert share[:5].tolist() == [[0, 0], [0, 0.5], [0.75, 0.25], [0.5, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("as_published", [True, False])

@@ -200,6 +200,17 @@ def test_the_pixels_of_a_dropped_camera_do_not_matter_now_or_later(config, dropp
     assert apart(quiet[-1], run(system, drive(3, every=0.5))[0][-1]) > 1e-3  # but being there does
 
 
+def test_nor_do_they_reach_the_batch_statistics_of_training():
+    quiet, outputs = frame(used=[True, False, True]), []
+    images = quiet.images.clone()
+    images[1] = 255 - images[1]
+    for f in (quiet, replace(quiet, images=images)):
+        system = build().train()
+        torch.manual_seed(0)  # the same dropout
+        outputs.append(system(Clip.of(f), None)[0])
+    assert apart(*outputs) == 0
+
+
 @BOTH
 def test_without_any_camera_the_output_is_finite(config):
     system = build(config)
