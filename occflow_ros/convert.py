@@ -221,36 +221,45 @@ def points(prediction: Prediction, header):
 
 
 def markers(prediction: Prediction, header, moving_speed: float):
-    """Moving voxels as one list of cubes and their flow as one list of lines -> visualization_msgs/MarkerArray.
+    """Moving voxels as one list of cubes, their flow as one list of lines -> visualization_msgs/MarkerArray.
 
-    The moving ones only: RViz does not bear 20,000 cubes (ros2/rviz issue 631). A line is as long as the way of one
-    second, from the voxel's centre; its far end is bright.
+    The moving ones only: RViz does not bear 20,000 cubes (ros2/rviz issue 631), nor thousands of ARROW markers. So an
+    arrow is three lines, as long as the way of one second, on the highest moving voxel of each column.
     """
     from geometry_msgs.msg import Point
     from std_msgs.msg import ColorRGBA
     from visualization_msgs.msg import Marker, MarkerArray
 
     cubes = Marker(header=header, ns="moving voxels", id=0, type=Marker.CUBE_LIST, action=Marker.ADD)
-    lines = Marker(header=header, ns="flow", id=1, type=Marker.LINE_LIST, action=Marker.ADD)
+    arrows = Marker(header=header, ns="flow", id=1, type=Marker.LINE_LIST, action=Marker.ADD)
     cubes.scale.x, cubes.scale.y, cubes.scale.z = (0.95 * edge for edge in prediction.grid.voxel)
-    lines.scale.x = 0.08
-    cubes.pose.orientation.w = lines.pose.orientation.w = 1.0
+    arrows.scale.x = 0.08
+    arrows.color = ColorRGBA(r=1.0, g=0.9, b=0.1, a=1.0)
+    cubes.pose.orientation.w = arrows.pose.orientation.w = 1.0
     index, label, _, flow = (None if t is None else t.cpu().numpy() for t in prediction.sparse())
     if flow is not None:
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # NaN compares false
             moving = np.isin(label, prediction.classes.moving_ids) & (np.hypot(*flow.T) >= moving_speed)
-        centres = (index[moving] + 0.5) * np.asarray(prediction.grid.voxel) + np.asarray(prediction.grid.low)
-        for centre, velocity, name in zip(centres.tolist(), flow[moving].tolist(), label[moving], strict=True):
-            red, green, blue = (c / 255 for c in prediction.classes.colours[name])
-            start = Point(x=centre[0], y=centre[1], z=centre[2])
-            end = Point(x=centre[0] + velocity[0], y=centre[1] + velocity[1], z=centre[2])
-            cubes.points.append(start)
-            cubes.colors.append(ColorRGBA(r=red, g=green, b=blue, a=0.9))
-            lines.points.extend((start, end))
-            lines.colors.extend((ColorRGBA(r=0.2, g=0.2, b=0.2, a=1.0), ColorRGBA(r=1.0, g=1.0, b=0.0, a=1.0)))
+        index, label, flow = index[moving], label[moving], flow[moving]
+        centres = (index + 0.5) * np.asarray(prediction.grid.voxel) + np.asarray(prediction.grid.low)
+        palette = [ColorRGBA(r=r / 255, g=g / 255, b=b / 255, a=0.9) for r, g, b in prediction.classes.colours]
+        cubes.points = [Point(x=x, y=y, z=z) for x, y, z in centres.tolist()]
+        cubes.colors = [palette[i] for i in label]
+        top = np.append((np.diff(index[:, :2], axis=0) != 0).any(1), True)[: len(index)]  # z runs fastest in `sparse`
+        arrows.points = [Point(x=x, y=y, z=z) for x, y, z in _arrows(centres[top], flow[top]).reshape(-1, 3).tolist()]
     if not cubes.points:  # RViz complains about empty lists; what was shown before must go
-        cubes.action = lines.action = Marker.DELETE
-    return MarkerArray(markers=[cubes, lines])
+        cubes.action = arrows.action = Marker.DELETE
+    return MarkerArray(markers=[cubes, arrows])
+
+
+def _arrows(start: np.ndarray, velocity: np.ndarray) -> np.ndarray:
+    """Starts (A, 3) m and velocities (A, 2) m/s -> ends of three lines each, (A, 3, 2, 3): shaft and two barbs."""
+    way = np.pad(velocity, ((0, 0), (0, 1)))
+    tip = start + way
+    length = np.linalg.norm(way, axis=1, keepdims=True)
+    ahead = way / length * np.minimum(0.3 * length, 0.5)  # a barb of at most half a metre
+    aside = np.stack([-ahead[:, 1], ahead[:, 0], ahead[:, 2]], 1) / 2
+    return np.stack([start, tip, tip - ahead + aside, tip, tip - ahead - aside, tip], 1).reshape(-1, 3, 2, 3)
 
 
 def diagnostics(stamp: int, hardware: str, report):

@@ -6,7 +6,11 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 
+from occflow_core.geometry import Grid
+from occflow_core.types import OPENOCC, Prediction
+from occflow_core.voxelflow import NO_IMAGE, unpack
 from occflow_ros import convert
 from occflow_ros.convert import Refused
 
@@ -172,3 +176,78 @@ def test_a_transform_of_nan_or_a_zero_quaternion_is_refused():
     for w, x in ((0.0, 0.0), (1.0, float("nan")), (float("inf"), 0.0)):
         with pytest.raises(Refused, match="map <- base_link"):
             convert.transform(stamped(w, x))
+
+
+# ---- what goes out: needs ROS's message classes
+
+
+@pytest.fixture
+def ros():
+    return pytest.importorskip("occflow_msgs.msg", reason="needs ROS 2 and the built messages")
+
+
+def street(classes=OPENOCC):
+    """Four filled voxels: a parked and a driving car (two voxels high), and road."""
+    grid = Grid((-4.0, -4.0, -1.0), (0.4, 0.4, 0.4), (20, 20, 8))
+    labels = torch.full(grid.shape, classes.free, dtype=torch.uint8)
+    flow = torch.zeros(*grid.shape, 2)
+    labels[3, 4, 1] = labels[10, 10, 1] = labels[10, 10, 2] = classes.id("car")
+    labels[0, 0, 0] = classes.id("driveable_surface")
+    flow[10, 10, 1:3] = torch.tensor([3.0, -4.0])
+    flow[0, 0, 0] = torch.tensor([9.0, 9.0])  # nonsense that a network may say of a road
+    score = torch.where(labels != classes.free, 0.8, 0.0)
+    return Prediction(grid, classes, labels, score, flow, torch.zeros(grid.shape, dtype=torch.bool))
+
+
+def test_the_message_carries_stamp_frame_origin_and_the_arrays_of_pack(ros):
+    message = convert.voxel_flow(street(), 5_000_000_007, "base_link", ["a", "b"], [4_999_000_007, None], "net", 0.2)
+    assert (message.header.stamp.sec, message.header.stamp.nanosec, message.header.frame_id) == (5, 7, "base_link")
+    assert (message.origin.position.x, message.origin.position.z, message.origin.orientation.w) == (-4.0, -1.0, 1.0)
+    assert list(message.camera_age_us) == [1000, NO_IMAGE] and message.cameras_used == 0b01
+    assert unpack(message).labels.equal(street().labels)
+    assert list(message.flow_velocity) == pytest.approx([3.0, -4.0] * 2)
+
+
+def test_a_full_message_stays_below_half_a_megabyte(ros):
+    from rclpy.serialization import deserialize_message, serialize_message
+
+    from occflow_core.bench import _full_prediction
+
+    names = [f"camera_{i}" for i in range(6)]
+    message = convert.voxel_flow(_full_prediction(), 10**18, "base_link", names, [10**18] * 6, "net", 0.2)
+    wire = serialize_message(message)
+    assert len(message.index) == 40_000 and len(message.flow_index) == 10_000
+    assert len(wire) <= 500_000
+    assert unpack(deserialize_message(wire, ros.VoxelFlow)).labels.equal(_full_prediction().labels)
+
+
+def test_the_cloud_holds_every_filled_voxel_at_its_centre_with_class_and_velocity(ros):
+    header = convert.voxel_flow(street(), 1, "base_link", ["a"], [1], "net", 0.2).header
+    cloud = convert.points(street(), header)
+    kinds = {7: "<f4", 2: "u1"}
+    layout = np.dtype(
+        {
+            "names": [f.name for f in cloud.fields],
+            "formats": [kinds[f.datatype] if f.name != "rgb" else "<u4" for f in cloud.fields],
+            "offsets": [f.offset for f in cloud.fields],
+            "itemsize": cloud.point_step,
+        }
+    )
+    points = np.frombuffer(bytes(cloud.data), layout)
+    assert {"x", "y", "z", "rgb", "class_id", "confidence", "vx", "vy"} == set(layout.names)
+    assert len(points) == cloud.width == 4 and cloud.row_step == len(cloud.data)
+    (driving,) = [p for p in points if p["vx"] == 3.0 and p["z"] < -0.3]
+    assert (driving["x"], driving["y"], driving["z"]) == pytest.approx((0.2, 0.2, -0.4))
+    assert driving["class_id"] == OPENOCC.id("car") and driving["confidence"] == pytest.approx(0.8)
+    assert driving["rgb"] == 0xFF9E00
+
+
+def test_markers_show_what_moves_and_nothing_else(ros):
+    header = convert.voxel_flow(street(), 1, "base_link", ["a"], [1], "net", 0.2).header
+    cubes, arrows = convert.markers(street(), header, 0.2).markers
+    assert len(cubes.points) == len(cubes.colors) == 2
+    assert len(arrows.points) == 6  # one arrow for the column: shaft and two barbs
+    shaft = np.array([[p.x, p.y, p.z] for p in arrows.points[:2]])
+    assert shaft[0] == pytest.approx([0.2, 0.2, 0.0]) and shaft[1] - shaft[0] == pytest.approx([3.0, -4.0, 0.0])
+    nothing = convert.markers(street(), header, 100.0).markers
+    assert all(m.action == m.DELETE for m in nothing)
