@@ -31,5 +31,5 @@ test: setup lint  ## ruff and the whole test suite; ARGS="-k words" picks some
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) out build install log *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV).old out build install log *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

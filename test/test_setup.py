@@ -220,6 +220,19 @@ def test_builds_do_not_see_a_sourced_ros(tool, monkeypatch):
     assert "/opt/ros/humble" not in tool.environment().values()
 
 
+def test_a_venv_that_is_half_gone_still_finds_the_python_it_was_made_with(tmp_path):
+    """Its interpreter is a link that outlives pyvenv.cfg; nothing may be installed into the Python behind it."""
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "setup.py", tmp_path / "tools")
+    half = tmp_path / ".venv" / "bin" / "python"
+    half.parent.mkdir(parents=True)
+    half.symlink_to(Path(sys.executable).resolve())
+    script = "import setup, sys; setup.leave_the_venv(); setup.main(['status'])"
+    (tmp_path / "tools" / "probe.py").write_text(f"import sys; print(sys.executable)\n{script}\n")
+    told = subprocess.run([half, "tools/probe.py"], cwd=tmp_path, env=UNTOUCHED, capture_output=True, text=True)
+    assert told.stdout.splitlines()[:2] == [str(half), str(half.resolve())], told
+
+
 @pytest.mark.skipif(Path(sys.prefix) != VENV, reason="the tests run in an environment that `make setup` did not make")
 def test_a_second_set_up_takes_less_than_a_second_and_does_nothing():
     command = ["make", "--no-print-directory", "setup"]

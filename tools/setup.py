@@ -94,8 +94,12 @@ def check(version=sys.version_info[:2]):
 
 
 def make_venv():
-    # not `venv --clear`: that empties the folder but believes what it finds half-way through
-    shutil.rmtree(VENV, ignore_errors=True)
+    # moved away first: a removal that is interrupted must not leave half a .venv
+    old = VENV.with_name(".venv.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if VENV.exists():
+        VENV.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
     STATE.mkdir(parents=True)
     (STATE / "venv").write_text(UNDERWAY)
     run("venv", [sys.executable, "-m", "venv", str(VENV)])
@@ -284,10 +288,11 @@ def run(log, command, extra=None, append=False):
 
 
 def leave_the_venv():
-    """Called by the venv's own Python (an activated venv): go on with the one it was made from, .venv may be remade."""
-    if Path(sys.prefix).resolve() == VENV.resolve():
-        base = Path(sys.base_prefix) / "bin" / "python{}.{}".format(*sys.version_info)
-        os.execve(base, [str(base), *sys.argv], environment())
+    """Called by the venv's own Python: go on with the one it was made from, for .venv may be remade."""
+    called = Path(sys.executable)
+    if VENV in called.parents:
+        base = str(called.resolve())
+        os.execve(base, [base, *sys.argv], environment())
 
 
 @contextlib.contextmanager
