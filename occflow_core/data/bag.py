@@ -7,7 +7,7 @@ import heapq
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..voxelflow import definitions
 # Metadata version 8: Humble, Jazzy and Kilted all play it. From 9 on, QoS stands there in a form on which Humble's
 # player stops (rosbag2_storage/yaml.hpp of each branch).
 METADATA_VERSION = 8
+_END = object()
 SAME_POSE = 1e-3  # m, and entries of the rotation: two poses of one stamp that differ by more contradict each other
 
 
@@ -58,8 +59,8 @@ class BagWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._writer.__exit__(kind, error, trace)  # finishes the file, or leaves it
         try:
+            self._writer.__exit__(kind, error, trace)  # finishes the file, or leaves it
             if kind is None:
                 (self._beside / self.folder.name).rename(self.folder)
         finally:
@@ -147,8 +148,12 @@ def _messages(frames, rig, jpegs, base, fixed, image_topic, info_topic, optical,
 
     types, names, order = _jazzy(), None, 0
     camera_from_base = rigid.inverse(rig.car_from_camera.to(torch.float64))
-    pairs = zip(frames, repeat(None) if jpegs is None else jpegs)
-    for k, (frame, files) in enumerate(tqdm(pairs, desc="bag", unit="frame", disable=None if progress else True)):
+    pairs = ((frame, None) for frame in frames) if jpegs is None else zip_longest(frames, jpegs, fillvalue=_END)
+    total = len(frames) if isinstance(frames, Sequence) else None
+    bar = tqdm(pairs, desc="bag", unit="frame", total=total, disable=None if progress else True)
+    for k, (frame, files) in enumerate(bar):
+        if frame is _END or files is _END:
+            raise ValueError(f"bag: {'frames' if frame is _END else 'jpegs'} ended after {k}, the other did not")
         names = frame.names if names is None else names
         if rig.shape != frame.cameras.shape or frame.names != names:
             raise ValueError(

@@ -65,10 +65,10 @@ def _walk(filled: Tensor, origins: Tensor, directions: Tensor):
     step = torch.where(directions >= 0, 1, -1)
     border = torch.where(directions == 0, _NEVER, (voxel + (step > 0) - origins) / directions)
     across = torch.where(directions == 0, _NEVER, step / directions)
-    entered = torch.zeros_like(ray, dtype=torch.bool)
     for _ in range(STEPS):
         inside = ((voxel >= 0) & (voxel < size)).all(1)
-        walking = inside | ~entered
+        # beyond the grid on the side to which it goes: it has left, or will never enter
+        walking = ~((voxel < 0) & (step < 0) | (voxel >= size) & (step > 0)).any(1)
         x, y, z = border.unbind(1)
         axis = torch.where(x < y, torch.where(x < z, 0, 2), torch.where(y < z, 1, 2))[:, None]
         leaves = border.gather(1, axis)[:, 0]
@@ -78,7 +78,6 @@ def _walk(filled: Tensor, origins: Tensor, directions: Tensor):
         voxel = voxel.scatter_add(1, axis, step.gather(1, axis))
         border = border.scatter_add(1, axis, across.gather(1, axis))
         ray, voxel, step, border, across = (a[walking] for a in (ray, voxel, step, border, across))
-        entered = (entered | inside)[walking]
         if not len(ray):
             return
 

@@ -1,12 +1,10 @@
 """Which voxels the cameras of this set can speak for. N cameras, R rays, X Y Z voxels."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from ..geometry import Cameras, Grid
-from .raycast import swept
+from . import raycast
 
 
 def observed(filled: Tensor, grid: Grid, cameras: Cameras, used: Tensor) -> Tensor:
@@ -30,14 +28,16 @@ def observed(filled: Tensor, grid: Grid, cameras: Cameras, used: Tensor) -> Tens
     chosen = cameras[used].to("cpu", torch.float64)
     eyes = (chosen.car_from_camera[:, :3, 3] - metres_from_voxels[:3, 3]) / metres_from_voxels.diag()[:3]  # (M, 3)
     edges = _edges(chosen) @ metres_from_voxels  # (M, 5, 4)
-    fast = _numba() if filled.device.type == "cpu" else None
-    if fast is not None:
-        return fast.observed(filled, eyes, edges)
-    out = torch.zeros_like(filled)
+    out, fast = torch.zeros_like(filled), raycast._numba()
+    if not len(eyes):
+        return out
+    if fast is not None:  # from another device too: the grid is small, and the walk is no work for a GPU
+        here = filled.cpu()
+        return fast.observed([_opened(here, eye) for eye in eyes], eyes, edges).to(filled.device)
     for eye, its_edges in zip(eyes, edges):
         targets = _targets(grid.shape, eye, its_edges)
         if len(targets):
-            out |= swept(_opened(filled, eye), _entries(grid.shape, eye, targets), targets - eye)
+            out |= raycast.swept(_opened(filled, eye), _entries(grid.shape, eye, targets), targets - eye)
     return out
 
 
@@ -48,16 +48,6 @@ def _opened(filled: Tensor, eye: Tensor) -> Tensor:
         filled = filled.clone()
         filled[home] = False
     return filled
-
-
-@cache
-def _numba():
-    """The compiled twin, or None where numba is not installed."""
-    try:
-        from . import visibility_numba
-    except ImportError:
-        return None
-    return visibility_numba
 
 
 def _edges(cameras: Cameras) -> Tensor:

@@ -214,6 +214,8 @@ def test_frames_out_of_order_and_of_another_rig_are_refused_and_leave_nothing(tm
         bags.write_bag(tmp_path / "b", frames[:1], rig[:5], progress=False)
     with pytest.raises(ValueError, match="CAM_FRONT: .* not a JPEG"):
         bags.write_bag(tmp_path / "b", frames[:1], rig, [[b"GIF89a"] * 6], progress=False)
+    with pytest.raises(ValueError, match="jpegs ended after 1"):
+        bags.write_bag(tmp_path / "b", frames[:2], rig, [[b"\xff\xd8"] * 6], progress=False)
     with pytest.raises(ValueError, match="nothing was written"):
         bags.write_bag(tmp_path / "b", [], rig, progress=False)
     assert list(tmp_path.iterdir()) == []
