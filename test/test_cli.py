@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from occflow_core.data import pattern
 from occflow_core.data.bag import read_bag, write_bag
 

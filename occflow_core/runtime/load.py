@@ -83,7 +83,7 @@ def save(system: nn.Module, model: str, resize: str, path: Path | str) -> None:
 
 
 def parse(model: str) -> tuple[str, str]:
-    """System and preset of a name: "opus-nano" -> ("opus", "nano"). ValueError for unknown names, with the nearest one."""
+    """System and preset of a name: "opus-nano" -> ("opus", "nano"). ValueError with the nearest for unknown names."""
     if model not in names():
         near = get_close_matches(model, names(), n=1, cutoff=0.0)[0]
         raise ValueError(f"there is no model {model!r}; the nearest is {near!r}, all are: {', '.join(names())}")
