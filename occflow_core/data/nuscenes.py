@@ -1,7 +1,7 @@
 """nuScenes as it is, or anything in its layout: tables and files -> Frame, Occupancy, Box. N cameras, P points.
 
-The v1.0 tables (mini, trainval, test, or a world of our own) are read directly; nuScenes' devkit is not used. Nothing is
-opened before it is asked for: work with cameras touches no LiDAR file. Words of the field: a *scene* is a drive, a
+The v1.0 tables (mini, trainval, test, or a world of our own) are read directly; nuScenes' devkit is not used. Nothing
+is opened before it is asked for: work with cameras touches no LiDAR file. Words of the field: a *scene* is a drive, a
 *sample* is one of its keyframes (2 Hz, annotated), *sample_data* is one file of one sensor, a *sweep* is one between
 two keyframes. A `Moment` is what the cameras recorded together: one picture each, of a keyframe or of a sweep (12 Hz).
 
@@ -399,8 +399,8 @@ class NuScenes:
         values = self._read(data, lambda path: np.fromfile(path, np.float32))
         if values.size == 0 or values.size % 5 or data.path.stat().st_size % 4:
             raise ValueError(
-                f"sample_data {data.token}: {data.path.stat().st_size} bytes are no whole number of points of 5 float32 "
-                f"(is it truncated?): {data.path}"
+                f"sample_data {data.token}: {data.path.stat().st_size} bytes are no whole number of points of 5 "
+                f"float32 (is it truncated?): {data.path}"
             )
         points = torch.from_numpy(values.reshape(-1, 5))
         if not torch.isfinite(points[:, :3]).all():
@@ -622,7 +622,7 @@ class NuScenes:
             rows = self._table(table)
             self._index[table] = {row.token: i for i, row in enumerate(rows)}
             if len(self._index[table]) != len(rows):
-                twice = tables.twice(np.array([row.token.encode() for row in rows]))
+                twice = tables.twice(tables.texts([row.token for row in rows]))
                 raise ValueError(f"table {table}: token {twice} stands there twice ({self._path(table)})")
         place = self._index[table].get(token)
         if place is None:
@@ -670,8 +670,8 @@ class NuScenes:
         last = self._table("sample")[chain[-1]].token if chain else "nothing"
         if last != row.last_sample_token or len(chain) != row.nbr_samples:
             raise ValueError(
-                f"table scene: {scene} tells of {row.nbr_samples} samples up to {row.last_sample_token}, table sample has "
-                f"{len(chain)} up to {last} ({self._path('scene')})"
+                f"table scene: {scene} tells of {row.nbr_samples} samples up to {row.last_sample_token}, table sample "
+                f"has {len(chain)} up to {last} ({self._path('scene')})"
             )
         return chain
 
@@ -710,21 +710,14 @@ class NuScenes:
                 "width": np.array([r.width or 0 for r in rows], np.int32),
                 "prev": tables.texts([r.prev for r in rows]),
                 "next": tables.texts([r.next for r in rows]),
-                "name": np.frombuffer("".join(r.filename for r in rows).encode(), np.uint8),
-                "end": np.cumsum([len(r.filename.encode()) for r in rows]),
+                "name": tables.texts([r.filename for r in rows]),
             }
 
-        parts = tables.read(self._path("sample_data"), _SampleData, columns, self.progress)
-        shift = 0
-        for part in parts:
-            part["end"] = part["end"] + shift
-            shift = int(part["end"][-1]) if len(part["end"]) else shift
-        raw = tables.joined(parts)
-        del parts
+        raw = tables.joined(tables.read(self._path("sample_data"), _SampleData, columns, self.progress))
         # where in other tables: -2 = nowhere
         samples, sensors = self._table("sample"), self._table("sensor")
-        sample = tables.places(raw["sample"], tables.texts([r.token for r in samples]))
-        calibrated = tables.places(raw["calibrated"], tables.texts([r.token for r in self._table("calibrated_sensor")]))
+        sample = tables.places([r.token for r in samples])(raw["sample"])
+        calibrated = tables.places([r.token for r in self._table("calibrated_sensor")])(raw["calibrated"])
         sensor_place = {r.token: self._channels.index(r.channel) for r in sensors}
         channel = np.array(
             [sensor_place.get(r.sensor_token, -2) for r in self._table("calibrated_sensor")] + [-2, -2], np.int64
@@ -732,7 +725,7 @@ class NuScenes:
         scene_place = {row.token: i for i, row in enumerate(self._scenes)}
         scene = np.array([scene_place.get(r.scene_token, -2) for r in samples] + [-2, -2], np.int64)[sample]
         poses = tables.joined(tables.read(self._path("ego_pose"), _EgoPose, _poses, self.progress))
-        pose = tables.places(raw["pose"], poses["token"])
+        pose = tables.places(poses["token"])(raw["pose"])
         world_from_car = np.where((pose >= 0)[:, None], poses["pose"][pose], np.nan)
         del poses
         sentences: list[str] = []
@@ -750,7 +743,8 @@ class NuScenes:
                 )
         if (double := tables.twice(raw["token"])) is not None:
             raise ValueError(f"table sample_data: token {double} stands there twice ({self._path('sample_data')})")
-        prev, following = (tables.places(raw[name], raw["token"]) for name in ("prev", "next"))
+        place = tables.places(raw["token"])
+        prev, following = place(raw["prev"]), place(raw["next"])
         # by scene, channel and time; what belongs to no scene or channel goes to the end, where nobody looks
         lost = (scene < 0) | (channel < 0)
         group = np.where(lost, len(self._scenes) * len(self._channels), scene * len(self._channels) + channel)
@@ -759,11 +753,6 @@ class NuScenes:
         rank[order] = np.arange(len(order))
         rank[-2:] = -2, -1  # places -2 and -1 stay what they are
         begin = np.searchsorted(group[order], np.arange(len(self._scenes) * len(self._channels) + 1))
-        ends = np.concatenate([[0], raw["end"]])
-        lengths = np.diff(ends)[order]
-        starts = ends[:-1][order]
-        end = np.cumsum(lengths)
-        letters = np.repeat(starts - np.concatenate([[0], end[:-1]]), lengths) + np.arange(int(ends[-1]))
         return {
             "token": raw["token"][order],
             "sample": sample[order].astype(np.int32),
@@ -775,8 +764,7 @@ class NuScenes:
             "prev": rank[prev[order]].astype(np.int32),
             "next": rank[following[order]].astype(np.int32),
             "world_from_car": world_from_car[order],
-            "name": raw["name"][letters],
-            "end": end,
+            "name": raw["name"][order],
             "begin": begin,
             "broken": broken[order],
             "sentences": np.array([s.encode() for s in sentences] or [b""], "S"),
@@ -811,8 +799,7 @@ class NuScenes:
         return rows
 
     def _filename(self, row: int) -> str:
-        ends = self._columns["end"]
-        return self._columns["name"][ends[row - 1] if row else 0 : ends[row]].tobytes().decode()
+        return self._columns["name"][row].decode()
 
     def _pose(self, row: int) -> Tensor:
         x, y, z, *wxyz = self._columns["world_from_car"][row].tolist()
@@ -829,8 +816,8 @@ class NuScenes:
         seconds = abs(data.stamp - moment.stamp) / NANO
         if far > FASTEST * seconds + 0.5:
             raise ValueError(
-                f"table ego_pose: a gap: the pose of sample_data {data.token} ({data.channel}) lies {far:.1f} m from that "
-                f"of {moment.scene} at {moment.stamp} ns, {seconds:.3f} s apart ({self._path('ego_pose')})"
+                f"table ego_pose: a gap: the pose of sample_data {data.token} ({data.channel}) lies {far:.1f} m from "
+                f"that of {moment.scene} at {moment.stamp} ns, {seconds:.3f} s apart ({self._path('ego_pose')})"
             )
 
     # -- files
@@ -888,7 +875,8 @@ class NuScenes:
                     lead.append(newest[0] - int(columns["stamp"][r]))
         # Sweeps: a picture's reference time is its stamp plus its camera's usual lead; what lies close together there
         # was recorded together. One open set suffices, as pictures come in the order of that time.
-        period = min((int(np.median(np.diff(columns["stamp"][r.start : r.stop]))) for r in rows if len(r) > 1), default=0)
+        steps = [np.diff(columns["stamp"][there.start : there.stop]) for there in rows if len(there) > 1]
+        period = min((int(np.median(step)) for step in steps), default=0)
         waiting = []
         for i, there in enumerate(rows):
             lead = int(np.median(leads[i])) if leads[i] else 0
@@ -920,11 +908,17 @@ class NuScenes:
     def _boxes(self) -> dict[str, np.ndarray]:
         """Columns of sample_annotation, in the order of table sample."""
         names = ("sample_annotation", "sample", "instance", "category", "attribute", "visibility")
-        return tables.kept(f"{self.version}-boxes", [self._path(name) for name in names], self._cache, self._build_boxes)
+        return tables.kept(
+            f"{self.version}-boxes", [self._path(name) for name in names], self._cache, self._build_boxes
+        )
 
     def _build_boxes(self) -> dict[str, np.ndarray]:
         attribute = {row.token: 1 << i for i, row in enumerate(self._table("attribute"))}
         visible = {row.token: i for i, row in enumerate(self._table("visibility"))}
+
+        def bits(tokens: list[str]) -> int:
+            """Attributes are few: a bit each; -1 where the table lacks one."""
+            return sum(attribute[token] for token in tokens) if attribute.keys() >= {*tokens} else -1
 
         def columns(rows: list[_Annotation]) -> dict[str, np.ndarray]:
             return {
@@ -936,28 +930,22 @@ class NuScenes:
                 "prev": tables.texts([r.prev for r in rows]),
                 "next": tables.texts([r.next for r in rows]),
                 "points": np.array([(r.num_lidar_pts, r.num_radar_pts) for r in rows], np.int32).reshape(-1, 2),
-                # attributes are few: a bit each; -1: a token that the table lacks
-                "attributes": np.array(
-                    [
-                        sum(attribute[a] for a in r.attribute_tokens) if attribute.keys() >= {*r.attribute_tokens} else -1
-                        for r in rows
-                    ],
-                    np.int64,
-                ),
+                "attributes": np.array([bits(r.attribute_tokens) for r in rows], np.int64),
                 "visibility": np.array([visible.get(r.visibility_token, -1) for r in rows], np.int8),
             }
 
         raw = tables.joined(tables.read(self._path("sample_annotation"), _Annotation, columns, self.progress))
-        sample = tables.places(raw["sample"], tables.texts([r.token for r in self._table("sample")]))
-        instance = tables.places(raw["instance"], tables.texts([r.token for r in self._table("instance")]))
+        sample = tables.places([r.token for r in self._table("sample")])(raw["sample"])
+        instance = tables.places([r.token for r in self._table("instance")])(raw["instance"])
         for what, place in (("sample", sample), ("instance", instance)):
             if (place < 0).any():
                 row = int(np.flatnonzero(place < 0)[0])
                 raise ValueError(
-                    f"table sample_annotation: {raw['token'][row].decode()} names {what} {raw[what][row].decode()}, which "
-                    f"is not in table {what} ({self._path('sample_annotation')})"
+                    f"table sample_annotation: {raw['token'][row].decode()} names {what} {raw[what][row].decode()}, "
+                    f"which is not in table {what} ({self._path('sample_annotation')})"
                 )
-        prev, following = (tables.places(raw[name], raw["token"]) for name in ("prev", "next"))
+        place = tables.places(raw["token"])
+        prev, following = place(raw["prev"]), place(raw["next"])
         order = np.argsort(sample, kind="stable")
         rank = np.empty(len(order) + 2, np.int64)
         rank[order] = np.arange(len(order))
@@ -1011,9 +999,9 @@ class NuScenes:
     def _velocity(self, row: int) -> Tensor:
         before, after = int(self._boxes["prev"][row]), int(self._boxes["next"][row])
         if -2 in (before, after):
+            token, link = self._boxes["token"][row].decode(), "prev" if before == -2 else "next"
             raise ValueError(
-                f"table sample_annotation: {self._boxes['token'][row].decode()} names a {'prev' if before == -2 else 'next'} "
-                f"that is not there ({self._path('sample_annotation')})"
+                f"table sample_annotation: the {link} of {token} is not there ({self._path('sample_annotation')})"
             )
         first, last = row if before < 0 else before, row if after < 0 else after
         times = [self._table("sample")[self._boxes["sample"][r]].timestamp / 1e6 for r in (first, last)]
@@ -1033,7 +1021,8 @@ def read_label(path: Path | str, classes: Classes, whose: str = "label") -> Occu
     `semantics` (200, 200, 16) of any integer type with ids up to `classes.free`; `flow` (200, 200, 16, 2) m/s where the
     file has one, NaN = not known: what is not finite, or of 255 m/s and more in either component, becomes NaN, never
     zero. `seen` is `mask_camera` where the file has it (Occ3D); without masks (OpenOcc v2) everything counts as seen.
-    FileNotFoundError where there is no such file; ValueError naming the path for one that is broken or has another shape.
+    FileNotFoundError where there is no such file; ValueError naming the path for one that is broken or has another
+    shape.
     """
     path = Path(path)
     try:
@@ -1052,8 +1041,8 @@ def read_label(path: Path | str, classes: Classes, whose: str = "label") -> Occu
     semantics = held["semantics"]
     if semantics.dtype.kind not in "iu" or semantics.min() < 0 or semantics.max() > classes.free:
         raise ValueError(
-            f"{whose}: semantics of {semantics.dtype} from {semantics.min()} to {semantics.max()}, expected whole numbers "
-            f"from 0 to {classes.free} ({classes.table}, {classes.free} = free): {path}"
+            f"{whose}: semantics of {semantics.dtype} from {semantics.min()} to {semantics.max()}, expected whole "
+            f"numbers from 0 to {classes.free} ({classes.table}, {classes.free} = free): {path}"
         )
     flow = None
     if "flow" in held:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-PIECE = 32 << 20  # bytes of JSON that are parsed at a time
+PIECE = 8 << 20  # bytes of JSON that are parsed at a time
 FORMAT = 1  # of the cached columns; another number makes all caches anew
 _BETWEEN = re.compile(rb"\}\s*,\s*(?=\{)")  # the end of a row that another one follows
 
@@ -75,12 +75,13 @@ def _pieces(path: Path, size: int, progress: bool) -> Iterable[bytes]:
 
 def texts(values: list[str]) -> np.ndarray:
     """Texts of any length -> (n,) bytes of one length, padded with zeros (tokens: S32)."""
-    joined = "".join(values)
-    width = len(values[0]) if values else 1
-    # two passes in C instead of one in Python: tokens all have 32 characters
-    if width and joined.isascii() and len(joined) == width * len(values) and {len(v) for v in values} == {width}:
-        return np.frombuffer(joined.encode(), f"S{width}")
-    return np.array([v.encode() for v in values] or [b""], "S")[: len(values)]
+    width = max(map(len, values), default=1) or 1
+    whole = "".join(values)
+    if whole.isascii():
+        if len(whole) == width * len(values):  # as tokens are: one pass in C
+            return np.frombuffer(whole.encode(), f"S{width}")
+        return np.array(values, f"S{width}")
+    return np.array([value.encode() for value in values])
 
 
 def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -88,21 +89,49 @@ def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def places(wanted: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """For each wanted token its place in `tokens`, int64; -1 where the token is empty, -2 where there is none such."""
-    if len(wanted) == len(tokens) and wanted.dtype == tokens.dtype and (wanted == tokens).all():
-        return np.arange(len(tokens))  # as nuScenes' ego_pose and sample_data are
-    place = {token: i for i, token in enumerate(tokens.tolist())}
-    place[b""] = -1
-    return np.fromiter((place.get(token, -2) for token in wanted.tolist()), np.int64, len(wanted))
+def places(tokens: np.ndarray | list[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """A table's tokens -> a function that gives the place of each of (m,) tokens there, int64; -1 for an empty one, -2
+    for one that the table lacks."""
+    tokens = texts(tokens) if isinstance(tokens, list) else tokens
+    keys = _keys(tokens)
+    order = np.argsort(keys)
+    keys = keys[order]
+    if len(keys) and (keys[1:] == keys[:-1]).any():  # one pair in 10^7 tables of trainval's size, or a token twice
+        order, keys = np.arange(len(tokens)), None
+        known = {token: i for i, token in enumerate(tokens.tolist())}
+
+    def lookup(wanted: np.ndarray) -> np.ndarray:
+        if not len(tokens):
+            place = np.full(len(wanted), -2)
+        elif keys is None:
+            place = np.array([known.get(token, -2) for token in wanted.tolist()], np.int64)
+        else:
+            place = order[np.searchsorted(keys, _keys(wanted)).clip(max=len(keys) - 1)]
+            place = np.where(tokens[place] == wanted, place, -2)
+        return np.where(wanted == b"", -1, place)
+
+    return lookup
+
+
+def _keys(tokens: np.ndarray) -> np.ndarray:
+    """(n,) uint64: numbers that differ where tokens do, but for one chance in 10^19; sorting them is fast."""
+    width = -(-tokens.dtype.itemsize // 8) * 8
+    words = tokens.astype(f"S{width}").view(np.uint64).reshape(len(tokens), -1)
+    key = np.zeros(len(tokens), np.uint64)
+    for column in words.T:
+        # splitmix64's finaliser: all bits of a word reach all bits of the key. Padding adds nothing: widths may differ
+        mixed = key + column
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        key = np.where(column == 0, key, mixed ^ (mixed >> np.uint64(31)))
+    return key
 
 
 def twice(tokens: np.ndarray) -> str | None:
     """A token that stands in a table more than once, or None."""
-    if len(set(tokens.tolist())) == len(tokens):
-        return None
-    values, count = np.unique(tokens, return_counts=True)
-    return values[count > 1][0].decode()
+    order = np.sort(tokens)
+    again = np.flatnonzero(order[1:] == order[:-1])
+    return order[again[0]].decode() if len(again) else None
 
 
 # ---- the cache
