@@ -114,14 +114,17 @@ def test_every_picture_and_its_calibration_carry_the_cameras_own_stamp_and_frame
             assert np.array_equal(message.r.reshape(3, 3), np.eye(3))
 
 
-def test_messages_are_in_time_order_and_a_pose_comes_before_the_picture_that_needs_it(folder):
-    times, known = [], set()
+def test_messages_are_in_time_order_and_a_picture_comes_after_its_pose_and_calibration(folder):
+    times, known, calibrated = [], set(), set()
     for topic, time, message in bags.read_bag(folder):
         times.append(time)
         if topic == "/tf":
             known.update(stamp_of(one.header) for one in message.transforms)
+        elif topic.endswith("camera_info"):
+            calibrated.add((topic.split("/")[1], stamp_of(message.header)))
         elif topic.endswith("compressed"):
-            assert stamp_of(message.header) in known
+            assert stamp_of(message.header) in known, "its pose"
+            assert (topic.split("/")[1], stamp_of(message.header)) in calibrated, "its CameraInfo"
     assert times == sorted(times) and len(times) == 1 + 4 * (6 + 12)  # the newest camera's pose is the frame's own
 
 

@@ -132,12 +132,26 @@ def test_the_clock_runs_before_during_and_after_at_the_chosen_rate(bag):
     heard, _ = listen_while(bag, "--rate", "0.5")
     mine = recorded(bag)
     walls, stamps = zip(*heard["clock"])
-    assert stamps[0] < mine[0][1] and stamps[-1] > mine[-1][1]
+    assert stamps[0] < mine[0][1] - 0.1e9 and stamps[-1] > mine[-1][1] + 0.1e9, "0.25 s of the bag before and after"
     assert all(b >= a for a, b in zip(stamps, stamps[1:]))
     running = [(w, s) for w, s in zip(walls, stamps) if s > stamps[0]]
     (w0, s0), (w1, s1) = running[0], running[-1]
     assert (s1 - s0) / 1e9 / (w1 - w0) == pytest.approx(0.5, rel=0.1)
     assert len(running) / (w1 - w0) >= 100, "Hz"
+
+
+def test_publishers_offer_what_was_recorded(bag):
+    from rclpy.qos import DurabilityPolicy, HistoryPolicy, ReliabilityPolicy
+    from rosbags.rosbag2 import Reader
+
+    from occflow_ros.replay import _profile
+
+    with Reader(bag) as reader:
+        profiles = {c.topic: _profile(c.ext.offered_qos_profiles) for c in reader.connections}
+    assert profiles["/tf"].depth == 100 and profiles["/tf"].durability == DurabilityPolicy.VOLATILE
+    assert profiles["/tf_static"].durability == DurabilityPolicy.TRANSIENT_LOCAL
+    assert all(p.reliability == ReliabilityPolicy.RELIABLE for p in profiles.values())
+    assert all(p.history == HistoryPolicy.KEEP_LAST for p in profiles.values())
 
 
 @pytest.mark.dds
