@@ -152,19 +152,6 @@ def test_numbers_of_pictures_and_names_that_differ_are_refused():
         pictures.picture(blank(), pattern.NAMES[:5], [True] * 6, world(), stamp=0, model="m")
 
 
-def test_a_picture_of_the_published_grid_takes_about_a_second():
-    import time
-
-    labels = torch.full(OCC3D_GRID.shape, OCC3D.free, dtype=torch.uint8)
-    labels[:, :, :2] = ROAD
-    labels[::9, ::7, 2:9] = OCC3D.id("manmade")
-    prediction = Prediction(OCC3D_GRID, OCC3D, labels, (labels != OCC3D.free).float())
-    draw(prediction)  # compiles
-    begin = time.process_time()
-    draw(prediction)
-    assert time.process_time() - begin < 3.0, "s of CPU; about 0.8 on the machine it was written on"
-
-
 # ---- from bags
 
 
