@@ -475,6 +475,11 @@ class NuScenes:
                 return key
         return self._sweep(moment.scene, rows)
 
+    def pose(self, moment: Moment) -> Tensor:
+        """world_from_car (4, 4) float64 at a moment's stamp. ValueError where table ego_pose has none that can be."""
+        self.data(moment.reference)  # says what is broken there
+        return self._pose(moment.reference)
+
     def rig(self, moment: Moment, partial: bool = False) -> tuple[Cameras, Tensor, Tensor]:
         """Cameras (N) float64 that are true at the moment, `used` (N,) bool and `stamps` (N,) int64 ns; no picture is
         opened. Errors as `frame`."""
@@ -491,7 +496,7 @@ class NuScenes:
                 f"{moment.scene} at {moment.stamp} ns: expected cameras with pictures of one size, got "
                 f"{ {d.channel: f'{d.width} x {d.height}' for d in seen if d} } ({self._path('sample_data')})"
             )
-        now = self._pose(moment.reference)
+        now = self.pose(moment)
         car_from_world, height_width = rigid.inverse(now), sizes.pop()
         intrinsics, poses, stamps = [], [], []
         for data in seen:
