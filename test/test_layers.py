@@ -15,7 +15,7 @@ FLOORS = [  # low to high; rooms on one floor do not see each other
     {"runtime"},
     {"engine", "show"},
     {"occflow_ros", "recipes"},
-    {"bench"},
+    {"bench", "make_labels"},
     {"demo"},
     {"cli"},
     {"__main__"},
