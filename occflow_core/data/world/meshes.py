@@ -195,7 +195,7 @@ def ball(radius, at=(0, 0, 0), kind=PLAIN, colour=(0.5, 0.5, 0.5), *, detail=1, 
 
 
 def loft(stations, kind=PAINT, colour=(0.5, 0.5, 0.5)) -> Mesh:
-    """A body along x through cross-sections, rear to front: (x, (n, 2) of y and z, counter-clockwise seen from ahead)."""
+    """A body along x through cross-sections, rear to front: x and (n, 2) of y and z, counter-clockwise from ahead."""
     rings = np.array([[(x, y, z) for y, z in section] for x, section in stations])
     m, n = rings.shape[:2]
     i, j = np.arange(n), (np.arange(n) + 1) % n

@@ -99,7 +99,9 @@ def _arches(axles, half: float, radius: float) -> list[Mesh]:
     ]
 
 
-def _cabin(rear, front, roof_rear, roof_front, low_half, high_half, belt, height, *, pillars=(0.46, 0.54)) -> list[Mesh]:
+def _cabin(
+    rear, front, roof_rear, roof_front, low_half, high_half, belt, height, *, pillars=(0.46, 0.54)
+) -> list[Mesh]:
     """A cabin with windows: x of its lower and upper edges, half widths below and above, heights."""
     bottom = np.array([[rear, -low_half], [front, -low_half], [front, low_half], [rear, low_half]])
     top = np.array([[roof_rear, -high_half], [roof_front, -high_half], [roof_front, high_half], [roof_rear, high_half]])
@@ -147,7 +149,9 @@ def car(name: str) -> Model:
     ]
     axles = (x(0.815), x(0.19))
     parts = [loft(stations)]
-    parts += _cabin(x(cabin[0]), x(cabin[1]), x(roof[0]), x(roof[1]), 0.93 * half, 0.72 * half, belt - 0.02, height - 0.05)
+    parts += _cabin(
+        x(cabin[0]), x(cabin[1]), x(roof[0]), x(roof[1]), 0.93 * half, 0.72 * half, belt - 0.02, height - 0.05
+    )
     parts += wheels(axles, half + 0.005, radius) + _arches(axles, half, radius)
     for side in (-1, 1):
         parts += [
@@ -168,7 +172,7 @@ def car(name: str) -> Model:
 
 def pickup() -> Model:
     """A truck in nuScenes' table."""
-    length, width, half = 5.6, 2.0, 1.0
+    half = 1.0
     axles = (1.85, -1.65)
     stations = [
         (-2.8, _section(0.97 * half, 0.45, 0.9, 1.05)),
@@ -310,7 +314,9 @@ def excavator() -> Model:
         box((0.8, 2.3, 0.5), (-1.85, 0, 1.15), PLAIN, _DARK),
         box((1.5, 0.95, 1.0), (0.4, 0.75, 1.9), PLAIN, _YELLOW),
     ]
-    b, t = (np.array([[x, y, z] for x, y in ((-0.35, 0.28), (1.15, 0.28), (1.15, 1.22), (-0.35, 1.22))]) for z in (2.0, 2.9))
+    b, t = (
+        np.array([[x, y, z] for x, y in ((-0.35, 0.28), (1.15, 0.28), (1.15, 1.22), (-0.35, 1.22))]) for z in (2.0, 2.9)
+    )
     for i, j in ((0, 1), (1, 2), (2, 3)):
         parts.append(pane((b[i], b[j], t[j], t[i]), GLASS, _WINDOW, left=0.08, right=0.08, low=0.1, high=0.12))
     elbow, wrist, tip = (3.2, -0.35, 3.9), (5.0, -0.35, 1.9), (4.3, -0.35, 0.6)
@@ -345,9 +351,11 @@ def loader() -> Model:
     return _model("loader", "construction_vehicle", "vehicle.construction", [join(parts)], axles)
 
 
-def _person(phase: float | None, *, tall=1.0, vest=False, skin=_SKIN[0], hair=_BLACK, bag=False, skirt=False) -> list[Mesh]:
-    """Legs and arms swing with `phase` (rad; None: standing); 1.75 m times `tall`. First colour top, second trousers."""
-    swing = 0.0 if phase is None else 0.42 * np.sin(phase)
+def _person(
+    phase: float | None, *, tall=1.0, vest=False, skin=_SKIN[0], hair=_BLACK, bag=False, skirt=False
+) -> list[Mesh]:
+    """Legs and arms swing with `phase` (rad; None: standing); 1.75 m times `tall`."""
+    swing = 0.0 if phase is None else 0.34 * np.sin(phase)
     parts = []
     for side, angle in ((1, swing), (-1, -swing)):
         hip = np.array([0, side * 0.10, 0.90])
@@ -373,7 +381,9 @@ def _person(phase: float | None, *, tall=1.0, vest=False, skin=_SKIN[0], hair=_B
     torso = [(0.88, 0.115, 0.155), (1.1, 0.12, 0.165), (1.32, 0.135, 0.205), (1.45, 0.10, 0.19), (1.5, 0.06, 0.08)]
     angle = np.arange(10) * 2 * np.pi / 10
     rings = [np.c_[a * np.cos(angle), b * np.sin(angle), np.full(10, z)] for z, a, b in torso]
-    parts += [hull(lo, hi, CLOTH, (1, 1, 1), floor=k == 0, lid=k == 3) for k, (lo, hi) in enumerate(zip(rings, rings[1:]))]
+    parts += [
+        hull(lo, hi, CLOTH, (1, 1, 1), floor=k == 0, lid=k == 3) for k, (lo, hi) in enumerate(zip(rings, rings[1:]))
+    ]
     if vest:
         for z in (1.05, 1.25):
             ring = np.c_[0.142 * np.cos(angle), 0.2 * np.sin(angle), np.full(10, z)]
@@ -381,7 +391,9 @@ def _person(phase: float | None, *, tall=1.0, vest=False, skin=_SKIN[0], hair=_B
         parts.append(ball((0.14, 0.13, 0.11), (0, 0, 1.70), PLAIN, (0.95, 0.85, 0.1)))
     if skirt:
         ring = np.c_[np.cos(angle), np.sin(angle), np.zeros(10)]
-        dress = hull(ring * [0.26, 0.26, 1] + [0, 0, 0.5], ring * [0.13, 0.16, 1] + [0, 0, 1.0], CLOTH, (1, 1, 1), lid=False)
+        dress = hull(
+            ring * [0.26, 0.26, 1] + [0, 0, 0.5], ring * [0.13, 0.16, 1] + [0, 0, 1.0], CLOTH, (1, 1, 1), lid=False
+        )
         parts.append(dress)
     if bag:
         parts.append(box((0.18, 0.32, 0.42), (-0.19, 0, 1.02), PLAIN, (0.14, 0.16, 0.26)))
@@ -419,7 +431,10 @@ def _seated(at, lean: float, reach: float, skin=_SKIN[1], helmet=(0.85, 0.85, 0.
         shoulder, hand = chest + [0, s * 0.2, -0.05], np.array([x + reach, s * 0.27, z + 0.22])
         parts.append(rod(shoulder, hand, 0.055, CLOTH, (1, 1, 1), end=0.04))
     head = chest + 0.22 * up
-    return parts + [ball((0.11, 0.09, 0.13), head, PLAIN, skin), ball((0.14, 0.12, 0.11), head + [0, 0, 0.07], PLAIN, helmet)]
+    return parts + [
+        ball((0.11, 0.09, 0.13), head, PLAIN, skin),
+        ball((0.14, 0.12, 0.11), head + [0, 0, 0.07], PLAIN, helmet),
+    ]
 
 
 def _hoop(x: float, radius: float, tube: float, kind, colour) -> Mesh:
@@ -531,7 +546,17 @@ def models() -> dict[str, Model]:
     """All models by name."""
     tractor, semitrailer = semi()
     everything = [car(name) for name in _CARS]
-    everything += [pickup(), lorry(True), lorry(False), tractor, semitrailer, small_trailer(), bus(), excavator(), loader()]
+    everything += [
+        pickup(),
+        lorry(True),
+        lorry(False),
+        tractor,
+        semitrailer,
+        small_trailer(),
+        bus(),
+        excavator(),
+        loader(),
+    ]
     everything += [bicycle(True), bicycle(False), motorcycle(True), motorcycle(False), cone()]
     everything += [barrier(name) for name in ("jersey", "board", "red", "white")]
     everything += [thing(name) for name in ("bin", "rack", "pram", "debris")]

@@ -1,0 +1,312 @@
+"""Pictures: weather, light and shadows around what `Tracer` meets. H W pixels, M actors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import shade_numba as loops
+from .scenery import Scenery
+from .streets import Town
+from .tracer import Hits, Tracer
+from .traffic import Actor
+
+WEATHERS = ("clear", "overcast", "dusk", "night", "rain", "fog")
+_ROUGH = 0.055  # difference of neighbours (square root of light) from which a pixel gets more rays
+_MORE = ((-0.30, -0.10), (0.10, -0.32), (0.28, 0.22), (-0.12, 0.34))  # where in the pixel, of its middle
+_CELL = 16.0  # m, of the map of lamps
+
+
+@dataclass(frozen=True)
+class Weather:
+    """Light of one scene; colours are linear RGB."""
+
+    name: str
+    sun: np.ndarray  # (3,) towards it
+    sunlight: np.ndarray  # (3,)
+    sky: np.ndarray  # (4, 3): zenith, horizon, sun's colour, (cloud cover, cloud light, sun's disc)
+    ambient: np.ndarray  # (2, 3) from above, from below
+    fog: np.ndarray  # (3,)
+    haze: float  # 1/m
+    spread: float  # of shadow rays: 0 sharp
+    lift: float  # how far shadow rays lean to the zenith
+    night: float
+    wet: float
+    rain: float
+    exposure: float
+    grain: float
+    leaves: np.ndarray  # (3,) sRGB of the season
+
+
+def weather(name: str, rng) -> Weather:
+    """One of WEATHERS with a sun, haze and season of its own. ValueError for another name."""
+    if name not in WEATHERS:
+        raise ValueError(f"weather {name!r} is not known; there are: {', '.join(WEATHERS)}")
+    azimuth = rng.uniform(-np.pi, np.pi)
+    height = np.radians({"clear": rng.uniform(22, 58), "dusk": rng.uniform(5, 11)}.get(name, rng.uniform(35, 60)))
+    sun = np.array([np.cos(azimuth) * np.cos(height), np.sin(azimuth) * np.cos(height), np.sin(height)])
+    season = np.array([(0.20, 0.33, 0.10), (0.26, 0.36, 0.10), (0.16, 0.28, 0.10), (0.42, 0.33, 0.08)][rng.integers(4)])
+    cloud = rng.uniform(0.0, 0.45)
+    a = np.array
+    table = {
+        "clear": {
+            "sunlight": a([2.9, 2.65, 2.3]),
+            "sky": a([[0.20, 0.38, 0.80], [0.66, 0.76, 0.90], [1, 0.95, 0.85], [cloud, 1.1, 1]]),
+            "ambient": a([[0.62, 0.74, 0.95], [0.34, 0.32, 0.29]]),
+            "fog": a([0.68, 0.76, 0.88]),
+            "haze": rng.uniform(0.0006, 0.0022),
+            "spread": 0.03,
+            "lift": 0.0,
+            "night": 0.0,
+            "wet": 0.0,
+            "rain": 0.0,
+            "exposure": 0.62,
+            "grain": 4.0,
+        },
+        "overcast": {
+            "sunlight": a([0.22, 0.22, 0.22]),
+            "sky": a([[0.62, 0.66, 0.72], [0.86, 0.88, 0.90], [1, 1, 1], [0.95, 1.0, 0]]),
+            "ambient": a([[1.05, 1.08, 1.12], [0.42, 0.41, 0.40]]),
+            "fog": a([0.80, 0.83, 0.86]),
+            "haze": rng.uniform(0.001, 0.004),
+            "spread": 1.5,
+            "lift": 0.6,
+            "night": 0.0,
+            "wet": 0.0,
+            "rain": 0.0,
+            "exposure": 0.80,
+            "grain": 4.0,
+        },
+        "dusk": {
+            "sunlight": a([1.9, 0.95, 0.42]),
+            "sky": a([[0.16, 0.22, 0.46], [0.95, 0.55, 0.34], [1, 0.6, 0.3], [cloud, 0.9, 1]]),
+            "ambient": a([[0.34, 0.36, 0.52], [0.20, 0.16, 0.15]]),
+            "fog": a([0.70, 0.48, 0.38]),
+            "haze": rng.uniform(0.001, 0.003),
+            "spread": 0.05,
+            "lift": 0.0,
+            "night": 0.45,
+            "wet": 0.0,
+            "rain": 0.0,
+            "exposure": 1.0,
+            "grain": 7.0,
+        },
+        "night": {
+            "sunlight": a([0.012, 0.014, 0.02]),
+            "sky": a([[0.006, 0.008, 0.016], [0.035, 0.03, 0.03], [1, 1, 1], [cloud, 0.4, 0]]),
+            "ambient": a([[0.030, 0.032, 0.045], [0.015, 0.013, 0.011]]),
+            "fog": a([0.03, 0.027, 0.026]),
+            "haze": rng.uniform(0.001, 0.003),
+            "spread": 0.5,
+            "lift": 0.3,
+            "night": 1.0,
+            "wet": float(rng.random() < 0.3),
+            "rain": 0.0,
+            "exposure": 1.7,
+            "grain": 16.0,
+        },
+        "rain": {
+            "sunlight": a([0.12, 0.12, 0.13]),
+            "sky": a([[0.42, 0.46, 0.52], [0.62, 0.65, 0.68], [1, 1, 1], [1.0, 0.9, 0]]),
+            "ambient": a([[0.72, 0.76, 0.82], [0.30, 0.30, 0.30]]),
+            "fog": a([0.58, 0.61, 0.64]),
+            "haze": rng.uniform(0.006, 0.012),
+            "spread": 1.5,
+            "lift": 0.6,
+            "night": 0.3,
+            "wet": 1.0,
+            "rain": 1.0,
+            "exposure": 0.95,
+            "grain": 7.0,
+        },
+        "fog": {
+            "sunlight": a([0.15, 0.15, 0.15]),
+            "sky": a([[0.70, 0.72, 0.74], [0.78, 0.79, 0.80], [1, 1, 1], [0.9, 1.0, 0]]),
+            "ambient": a([[0.95, 0.97, 1.0], [0.42, 0.42, 0.42]]),
+            "fog": a([0.74, 0.75, 0.77]),
+            "haze": rng.uniform(0.018, 0.035),
+            "spread": 1.5,
+            "lift": 0.6,
+            "night": 0.2,
+            "wet": 0.2,
+            "rain": 0.0,
+            "exposure": 0.82,
+            "grain": 5.0,
+        },
+    }
+    return Weather(name, sun, leaves=season, **table[name])
+
+
+class Painter:
+    """Takes pictures of one scene."""
+
+    def __init__(self, tracer: Tracer, scenery: Scenery, town: Town, light: Weather, seed: int):
+        self.tracer, self.scenery, self.town, self.light, self.seed = tracer, scenery, town, light, seed
+        self.lamps = scenery.lamps.astype(np.float64)
+        self.facades = np.concatenate([scenery.facades, np.zeros((1, 8), np.float32)])
+        self.corner, self.cells = _cells(self.lamps)
+
+    def picture(
+        self,
+        matrix: np.ndarray,
+        world_from_camera: np.ndarray,
+        size: tuple[int, int],
+        actors: Sequence[Actor],
+        poses: np.ndarray,
+        time: float,
+        world_from_car: np.ndarray,
+        number: int,
+    ) -> tuple[np.ndarray, Hits]:
+        """(H, W, 3) uint8 BGR, and what each pixel's middle met.
+
+        matrix (3, 3) pixels_from_camera; size (H, W); poses (M, 4, 4) of the actors at `time` s; number: of the
+        picture, for its grain.
+        """
+        height, width = size
+        light = self.light
+        eye = world_from_camera[:3, 3].astype(np.float32)
+        # what stands wholly behind the camera is not looked for; its shadow is
+        ahead = world_from_camera[:3, 2]
+        near = [k for k, p in enumerate(poses) if (p[:3, 3] - eye) @ ahead > -actors[k].model.reach - 1.0]
+        seen, seen_poses = [actors[k] for k in near], poses[near]
+        table = _Table(self, seen, seen_poses, time, world_from_car)
+        v, u = np.divmod(np.arange(height * width), width)
+        directions = _rays(matrix, world_from_camera, u + 0.5, v + 0.5)
+        origins = np.broadcast_to(eye, directions.shape).copy()
+        pixel = 1.0 / matrix[0, 0]
+        hits = self.tracer.cast(origins, directions, seen, seen_poses, time)
+        colour = self._shade(eye, directions, hits, table, actors, poses, time, pixel)
+        chosen = loops.rough(colour, height, width, np.float32(light.exposure), np.float32(_ROUGH))
+        if len(chosen):
+            total = colour[chosen].copy()
+            bright = 4.0 / light.exposure  # one glint must not outshine the pixel
+            np.minimum(total, bright, out=total)
+            for du, dv in _MORE:
+                more = _rays(matrix, world_from_camera, u[chosen] + 0.5 + du, v[chosen] + 0.5 + dv)
+                again = self.tracer.cast(origins[: len(chosen)], more, seen, seen_poses, time)
+                shade = self._shade(eye, more, again, table, actors, poses, time, pixel)
+                total += np.minimum(shade, bright)
+            colour[chosen] = total / (1 + len(_MORE))
+        grain = np.float32(light.grain)
+        out = loops.develop(
+            colour,
+            height,
+            width,
+            np.float32(light.exposure),
+            grain,
+            np.float32(light.rain),
+            (self.seed + number) & 0xFFFF,
+        )
+        return out, hits
+
+    def _shade(self, eye, directions, hits: Hits, table, actors, poses, time, pixel) -> np.ndarray:
+        light = self.light
+        lit = np.zeros(len(directions), np.float32)
+        if light.sunlight.max() > 0.05:
+            solid = np.flatnonzero((hits.face >= 0) & (hits.t < 160)).astype(np.int64)
+            if len(solid):
+                start = np.empty((len(solid), 3), np.float32)
+                rays = loops.towards(
+                    start,
+                    eye,
+                    directions[solid],
+                    hits.t[solid],
+                    hits.face[solid],
+                    light.sun.astype(np.float32),
+                    np.float32(light.spread),
+                    np.float32(light.lift),
+                    self.seed & 0xFFFF,
+                )
+                lit[solid] = ~self.tracer.blocked(start, rays, actors, poses, time)
+            lit[hits.t >= 160] = 1.0
+        out = np.empty((len(directions), 3), np.float32)
+        tracer = self.tracer
+        loops.shade(
+            out,
+            eye,
+            directions,
+            hits.t,
+            hits.face,
+            hits.actor,
+            hits.u,
+            hits.v,
+            lit,
+            pixel,
+            tracer.normals,
+            tracer.kinds,
+            tracer.colours,
+            tracer.aux,
+            table.turns,
+            table.shifts,
+            table.paints,
+            table.braking,
+            self.facades,
+            table.signals,
+            self.lamps,
+            self.cells,
+            self.corner,
+            light.sky,
+            light.sun,
+            light.sunlight,
+            light.ambient,
+            light.night,
+            light.wet,
+            light.haze,
+            light.fog,
+            table.headlights,
+            self.seed & 0xFFFF,
+        )
+        return out
+
+
+class _Table:
+    """What the painter looks up for actors and signals at one time."""
+
+    def __init__(self, painter: Painter, actors, poses, time, world_from_car):
+        m = max(len(actors), 1)
+        self.turns, self.shifts = np.zeros((m, 3, 3)), np.zeros((m, 3))
+        self.paints, self.braking = np.ones((m, 2, 3)), np.zeros(m, np.float32)
+        for k, (actor, pose) in enumerate(zip(actors, poses)):
+            self.turns[k], self.shifts[k] = pose[:3, :3], pose[:3, 3]
+            self.paints[k] = actor.colours**2.2
+            if actor.moves and actor.model.kind not in ("bicycle", "pedestrian"):
+                speed, later = actor.motion.speed(time), actor.motion.speed(time + 0.3)
+                self.braking[k] = 1.0 if later < speed - 0.25 or speed < 0.2 else 0.3 * painter.light.night
+        rows = painter.scenery.signals
+        self.signals = np.zeros(3 * len(rows) + 3, np.float32)
+        for k, (i, j, approach, _) in enumerate(rows):
+            town = painter.town
+            if town.green(i, j, approach, time):
+                lamp = 2
+            elif town.green(i, j, approach, time - 1.5):
+                lamp = 1  # amber while those who are late still pass
+            else:
+                lamp = 0
+            self.signals[3 * k + lamp] = 1.0
+        strength = 260.0 * painter.light.night
+        place = world_from_car @ [3.9, 0, 0.7, 1]
+        aim = world_from_car[:3, :3] @ [0.998, 0, -0.06]
+        self.headlights = np.array([*place[:3], *aim, strength])
+
+
+def _rays(matrix, world_from_camera, u, v) -> np.ndarray:
+    """(N, 3) float32 of length one in the world, through pixel coordinates u, v (N,)."""
+    turn = world_from_camera[:3, :3] @ np.linalg.inv(matrix)
+    rays = u[:, None] * turn[:, 0] + v[:, None] * turn[:, 1] + turn[:, 2]
+    rays /= np.sqrt((rays * rays).sum(1, keepdims=True))
+    return rays.astype(np.float32)
+
+
+def _cells(lamps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A map of which lamps reach which cell: its corner (2,) and (C, C, 8) int32."""
+    if not len(lamps):
+        return np.zeros(2), np.full((1, 1, 1), -1, np.int32)
+    corner = lamps[:, :2].min(0) - 2 * _CELL
+    size = np.ceil((lamps[:, :2].max(0) + 2 * _CELL - corner) / _CELL).astype(int)
+    cells = np.full((*size, 8), -1, np.int32)
+    middles = corner + (np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1) + 0.5) * _CELL
+    far = np.linalg.norm(middles[:, :, None] - lamps[:, :2], axis=3)  # (C, C, L)
+    order = np.argsort(far, axis=2)[:, :, :8]
+    reach = np.take_along_axis(far, order, 2) < 32
+    cells[:, :, : order.shape[2]] = np.where(reach, order, -1)
+    return corner, cells

@@ -1,0 +1,366 @@
+"""One scene, from a seed to files: traffic, scenery, pictures, sweeps, labels, annotations."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from ...geometry import Cameras, rigid
+from ...types import OCC3D
+from . import lidar, render, scenery, tables, traffic, truth
+from .rig import Rig
+from .streets import Town
+from .tracer import Hits, Tracer
+from .traffic import Actor
+
+MICRO = 1_000_000
+BEGIN = 1_600_000_000 * MICRO  # us, stamp of scene 0's first keyframe; scenes are 1000 s apart
+KEYFRAMES, CAMERA, LIDAR = 2, 12, 20  # Hz
+_SIGHT = 130.0  # m from the car, within which actors are looked for
+_ANNOTATED = 75.0  # m, how far nuScenes-like annotations reach
+_QUALITY = 90  # of JPEG
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scene is made of; equal plans give equal bytes."""
+
+    seed: int
+    number: int
+    keyframes: int
+    rig: Rig
+    weather: str
+    sweeps: bool  # 12 Hz pictures and 20 Hz LiDAR between keyframes
+    vehicles: int = 46
+    walkers: int = 70
+
+    @property
+    def name(self) -> str:
+        return f"scene-{self.number:04d}"
+
+
+class World:
+    """A scene's geometry and traffic, ready to be looked at. Times are s after the first keyframe."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        streams = np.random.SeedSequence([plan.seed, plan.number]).spawn(4)
+        light, plans, moves, builds = (np.random.default_rng(s) for s in streams)
+        self.light = render.weather(plan.weather, light)
+        town = Town.random(plans)
+        duration = (plan.keyframes - 1) / KEYFRAMES
+        self.traffic = traffic.simulate(town, moves, duration, vehicles=plan.vehicles, walkers=plan.walkers)
+        self.town = self.traffic.town
+        self.scenery = scenery.build(self.traffic, builds, leaves=self.light.leaves, duration=duration)
+        self.ids = {name: k for k, name in enumerate(OCC3D.names)}
+        self.tracer = Tracer(self.scenery, self.ids)
+        seed = int(np.random.SeedSequence([plan.seed, plan.number, 1]).generate_state(1)[0] & 0x7FFFFFFF)
+        self.painter = render.Painter(self.tracer, self.scenery, self.town, self.light, seed)
+
+    def stamp(self, time: float) -> int:
+        """us of a time in s."""
+        return BEGIN + self.plan.number * 1000 * MICRO + round(time * MICRO)
+
+    def present(self, time: float) -> tuple[list[int], list[Actor], np.ndarray]:
+        """Moving actors near the car at a time: their numbers, themselves, their poses (M, 4, 4)."""
+        car = self.traffic.world_from_car(time)[:3, 3]
+        poses = [a.world_from_actor(time) for a in self.traffic.actors]
+        near = [k for k, p in enumerate(poses) if np.linalg.norm(p[:3, 3] - car) < _SIGHT]
+        return near, [self.traffic.actors[k] for k in near], np.array([poses[k] for k in near]).reshape(-1, 4, 4)
+
+    def picture(self, camera: int, time: float) -> tuple[np.ndarray, Hits, list[int]]:
+        """(H, W, 3) uint8 BGR of a camera at its own time, what its pixels met, and who `Hits.actor` numbers."""
+        rig = self.plan.rig
+        car = self.traffic.world_from_car(time)
+        who, actors, poses = self.present(time)
+        size = (rig.cameras.height, rig.cameras.width)
+        matrix = rig.cameras.pixels_from_camera[camera].numpy()
+        world_from_camera = car @ rig.cameras.car_from_camera[camera].numpy()
+        number = camera * 7919 + round(time * 1000) * 13
+        picture, hits = self.painter.picture(matrix, world_from_camera, size, actors, poses, time, car, number)
+        return picture, hits, who
+
+    def sweep(self, time: float) -> tuple[lidar.Sweep, np.ndarray, list[int]]:
+        """A LiDAR sweep, world_from_lidar (4, 4), and who `Sweep.actor` numbers."""
+        who, actors, poses = self.present(time)
+        pose = self.traffic.world_from_car(time) @ self.plan.rig.car_from_lidar
+        rng = np.random.default_rng([self.plan.seed, self.plan.number, 2, round(time * 1000) + 1000])
+        return lidar.sweep(self.tracer, actors, poses, time, pose, self.light.wet, rng), pose, who
+
+    def cameras(self, time: float) -> Cameras:
+        """The rig in the car frame of a keyframe at `time`, each camera at its own stamp."""
+        rig = self.plan.rig
+        car_from_world = rigid.inverse(torch.from_numpy(self.traffic.world_from_car(time)))
+        moved = torch.stack(
+            [car_from_world @ torch.from_numpy(self.traffic.world_from_car(time + d / MICRO)) for d in rig.delays]
+        )
+        return rig.cameras.moved(moved)
+
+
+def make(plan: Plan, out: Path, step: Callable[[], None] = lambda: None) -> dict[str, list[dict]]:
+    """Write one scene's files below `out` and return its rows of the tables. `step` is called after each keyframe."""
+    world = World(plan)
+    return _Writer(world, out).run(step)
+
+
+class _Writer:
+    def __init__(self, world: World, out: Path):
+        self.world, self.plan, self.out = world, world.plan, out
+        self.rows: dict[str, list[dict]] = {name: [] for name in tables.TABLES}
+        self.sweeps = []  # of keyframes: time, sweep, world_from_lidar, who
+        self.found: list[dict] = []  # one a keyframe: thing or actor -> (LiDAR points, visible part)
+
+    def token(self, *names) -> str:
+        return tables.token(self.plan.seed, self.plan.name, *names)
+
+    def run(self, step) -> dict[str, list[dict]]:
+        plan, world = self.plan, self.world
+        times = [k / KEYFRAMES for k in range(plan.keyframes)]
+        for time in times:
+            sweep, pose, who = world.sweep(time)
+            self.sweeps.append((time, sweep, pose, [world.traffic.actors[k] for k in who], who))
+        channels: dict[str, list[dict]] = {name: [] for name in (*plan.rig.names, "LIDAR_TOP")}
+        for k, time in enumerate(times):
+            shown = self._pictures(k, time, channels)
+            self._lidar(k, time, channels["LIDAR_TOP"])
+            self._labels(k, time)
+            self.found.append(self._find(k, time, shown))
+            step()
+        for rows in channels.values():
+            self.rows["sample_data"] += tables.chain(rows)
+        self._scene(times)
+        self._annotations(times)
+        return self.rows
+
+    # ---- sensors -------------------------------------------------------------------------------------------------
+
+    def _data(self, channel: str, k: int, time: float, key: bool, suffix: str, size) -> dict:
+        """A row of sample_data and its ego pose; k is the keyframe it belongs to (itself, or the one that follows)."""
+        stamp = self.world.stamp(time)
+        name = self.token("sample_data", channel, stamp)
+        folder = "samples" if key else "sweeps"
+        rotation, place = rigid.to_quaternion(torch.from_numpy(self.world.traffic.world_from_car(time)))
+        self.rows["ego_pose"].append({"token": name, "timestamp": stamp, "rotation": rotation, "translation": place})
+        return {
+            "token": name,
+            "sample_token": self.token("sample", k),
+            "ego_pose_token": name,
+            "calibrated_sensor_token": self.token("calibrated_sensor", channel),
+            "timestamp": stamp,
+            "fileformat": "pcd" if suffix == "pcd.bin" else suffix,
+            "is_key_frame": key,
+            "height": size[0],
+            "width": size[1],
+            "filename": f"{folder}/{channel}/world-{self.plan.number:04d}__{channel}__{stamp}.{suffix}",
+        }
+
+    def _file(self, row_or_name) -> Path:
+        path = self.out / (row_or_name if isinstance(row_or_name, str) else row_or_name["filename"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _pictures(self, k: int, time: float, channels) -> list[tuple[Hits, list[int]]]:
+        """The pictures since the last keyframe and those of this one; returns what this one's met, camera by camera."""
+        rig, shown = self.plan.rig, []
+        size = (rig.cameras.height, rig.cameras.width)
+        per = CAMERA // KEYFRAMES
+        between = range(1, per) if self.plan.sweeps and k > 0 else ()
+        for camera, (channel, delay) in enumerate(zip(rig.names, rig.delays)):
+            for j in (*between, per):
+                then = time - (per - j) / CAMERA + delay / MICRO
+                picture, hits, who = self.world.picture(camera, then)
+                row = self._data(channel, k, then, j == per, "jpg", size)
+                done, file = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+                assert done
+                self._file(row).write_bytes(file.tobytes())
+                channels[channel].append(row)
+            shown.append((hits, who, then))
+        return shown
+
+    def _lidar(self, k: int, time: float, rows: list[dict]) -> None:
+        per = LIDAR // KEYFRAMES
+        for j in range(1, per) if self.plan.sweeps and k > 0 else ():
+            then = time - (per - j) / LIDAR
+            row = self._data("LIDAR_TOP", k, then, False, "pcd.bin", (0, 0))
+            self.world.sweep(then)[0].points.tofile(self._file(row))
+            rows.append(row)
+        row = self._data("LIDAR_TOP", k, time, True, "pcd.bin", (0, 0))
+        _, sweep, _, actors, _ = self.sweeps[k]
+        sweep.points.tofile(self._file(row))
+        rows.append(row)
+        tracer, things = self.world.tracer, self.world.scenery.things
+        surface = np.array([tables.lidarseg_id(n) if n in tables._SURFACES else 0 for n in OCC3D.names], np.uint8)
+        ids = surface[tracer.classes[sweep.face]]
+        numbers = tracer.instance[sweep.face]
+        of_things = np.array([tables.CATEGORIES.index(t.model.category) for t in things] + [0], np.uint8)
+        ids = np.where(numbers >= 0, of_things[numbers], ids)
+        of_actors = np.array([tables.CATEGORIES.index(a.model.category) for a in actors] + [0], np.uint8)
+        ids = np.where(sweep.actor >= 0, of_actors[sweep.actor], ids).astype(np.uint8)
+        name = f"lidarseg/{tables.VERSION}/{row['token']}_lidarseg.bin"
+        ids.tofile(self._file(name))
+        self.rows["lidarseg"].append({"token": row["token"], "sample_data_token": row["token"], "filename": name})
+
+    # ---- truth ---------------------------------------------------------------------------------------------------
+
+    def _labels(self, k: int, time: float) -> None:
+        world = self.world
+        car = world.traffic.world_from_car(time)
+        semantics, flow = truth.occupancy(world.tracer, world.traffic.actors, time, car)
+        sweeps = [entry[:4] for entry in self.sweeps]
+        mask_lidar, mask_camera = truth.masks(semantics, sweeps, time, car, world.cameras(time))
+        labels = truth.Labels(semantics, flow, mask_lidar, mask_camera)
+        place = f"{self.plan.name}/{self.token('sample', k)}/labels.npz"
+        masks = {"mask_lidar": mask_lidar, "mask_camera": mask_camera}
+        np.savez_compressed(self._file(f"gts/{place}"), semantics=semantics, **masks)
+        np.savez_compressed(self._file(f"openocc_v2/{place}"), semantics=labels.openocc, flow=flow)
+
+    def _find(self, k: int, time: float, shown) -> dict:
+        """Who is near, hit or seen at a keyframe: ("thing" | "actor", number) -> (LiDAR points, visible part)."""
+        world = self.world
+        car = world.traffic.world_from_car(time)
+        _, sweep, _, _, who = self.sweeps[k]
+        tracer = world.tracer
+        points: dict = {}
+        static = tracer.instance[sweep.face[sweep.actor < 0]]
+        for number, count in zip(*np.unique(static[static >= 0], return_counts=True)):
+            points["thing", int(number)] = int(count)
+        for number, count in zip(*np.unique(sweep.actor[sweep.actor >= 0], return_counts=True)):
+            points["actor", who[number]] = int(count)
+        near = {}
+        for key, actor in self._everything():
+            pose = actor.world_from_actor(time)
+            if np.linalg.norm(pose[:2, 3] - car[:2, 3]) < _ANNOTATED:
+                near[key] = (points.get(key, 0), self._visible(key, actor, shown))
+        return near
+
+    def _everything(self):
+        yield from ((("thing", k), a) for k, a in enumerate(self.world.scenery.things))
+        yield from ((("actor", k), a) for k, a in enumerate(self.world.traffic.actors))
+
+    def _visible(self, key, actor: Actor, shown) -> float:
+        """Part of the points on a thing's near sides that the keyframe's pictures show."""
+        rig, world = self.plan.rig, self.world
+        total = seen = 0
+        for camera, (hits, who, then) in enumerate(shown):
+            pose = actor.world_from_actor(then)
+            car = world.traffic.world_from_car(then)
+            camera_from_thing = np.linalg.inv(car @ rig.cameras.car_from_camera[camera].numpy()) @ pose
+            middle = camera_from_thing[:3, :3] @ actor.model.middle + camera_from_thing[:3, 3]
+            if middle[2] < -actor.model.reach:
+                continue
+            mesh = world.tracer.shape(actor, then)[1]
+            chosen = mesh.faces[:: max(1, len(mesh.faces) // 160)]
+            corners = mesh.vertices[chosen]
+            middles = corners.mean(1)
+            normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+            eye = np.linalg.inv(camera_from_thing)[:3, 3]
+            middles = middles[((eye - middles) * normal).sum(1) > 0]
+            places = middles @ camera_from_thing[:3, :3].T + camera_from_thing[:3, 3]
+            places = places[places[:, 2] > 0.3]
+            if not len(places):
+                continue
+            pixels = places @ rig.cameras.pixels_from_camera[camera].numpy().T
+            x, y = np.floor(pixels[:, :2] / pixels[:, 2:]).astype(int).T
+            inside = (x >= 0) & (x < rig.cameras.width) & (y >= 0) & (y < rig.cameras.height)
+            if inside.any():
+                at = y[inside] * rig.cameras.width + x[inside]
+                if key[0] == "actor":
+                    number = who.index(key[1]) if key[1] in who else -2
+                    mine = hits.actor[at] == number
+                else:
+                    mine = (hits.actor[at] < 0) & (hits.face[at] >= 0)
+                    mine &= world.tracer.instance[np.maximum(hits.face[at], 0)] == key[1]
+                # what it hides itself counts as seen with the rest of it: compare with its share that is met at all
+                total += len(places)
+                seen += int(mine.sum())
+        return min(1.0, 1.25 * seen / total) if total else 0.0
+
+    # ---- tables --------------------------------------------------------------------------------------------------
+
+    def _scene(self, times) -> None:
+        plan, world = self.plan, self.world
+        samples = [
+            {"token": self.token("sample", k), "timestamp": world.stamp(t), "scene_token": self.token("scene")}
+            for k, t in enumerate(times)
+        ]
+        self.rows["sample"] = tables.chain(samples)
+        self.rows["scene"].append(
+            {
+                "token": self.token("scene"),
+                "log_token": self.token("log"),
+                "nbr_samples": len(samples),
+                "first_sample_token": samples[0]["token"],
+                "last_sample_token": samples[-1]["token"],
+                "name": plan.name,
+                "description": f"synthetic street, {plan.weather}",
+            }
+        )
+        day = {"logfile": f"world-{plan.number:04d}", "vehicle": "world", "date_captured": "2020-09-13"}
+        self.rows["log"].append({"token": self.token("log"), **day, "location": "world"})
+        for channel, matrix, pose in zip(
+            (*plan.rig.names, "LIDAR_TOP"),
+            [*plan.rig.cameras.pixels_from_camera.tolist(), []],
+            [*plan.rig.cameras.car_from_camera, torch.from_numpy(plan.rig.car_from_lidar)],
+        ):
+            rotation, place = rigid.to_quaternion(pose)
+            self.rows["calibrated_sensor"].append(
+                {
+                    "token": self.token("calibrated_sensor", channel),
+                    "sensor_token": tables.token("sensor", channel),
+                    "translation": place,
+                    "rotation": rotation,
+                    "camera_intrinsic": matrix,
+                }
+            )
+
+    def _annotations(self, times) -> None:
+        """Boxes of everything that a ray or a picture met, from the first such keyframe to the last."""
+        for key, actor in self._everything():
+            met = [k for k, near in enumerate(self.found) if key in near and (near[key][0] or near[key][1])]
+            if not met:
+                continue
+            instance = self.token("instance", *key)
+            rows = []
+            for k in range(met[0], met[-1] + 1):
+                if key not in self.found[k]:
+                    continue
+                count, part = self.found[k][key]
+                pose = actor.world_from_actor(times[k])
+                rotation, _ = rigid.to_quaternion(torch.from_numpy(pose))
+                attribute = actor.attribute(times[k])
+                length, width, height = actor.model.size
+                rows.append(
+                    {
+                        "token": self.token("sample_annotation", *key, k),
+                        "sample_token": self.token("sample", k),
+                        "instance_token": instance,
+                        "visibility_token": tables.visibility_token(part),
+                        "attribute_tokens": [tables.token("attribute", attribute)] if attribute else [],
+                        "translation": (pose[:3, :3] @ actor.model.middle + pose[:3, 3]).tolist(),
+                        "size": [width, length, height],
+                        "rotation": rotation,
+                        "num_lidar_pts": count,
+                        "num_radar_pts": 0,
+                    }
+                )
+            self.rows["sample_annotation"] += tables.chain(rows)
+            self.rows["instance"].append(
+                {
+                    "token": instance,
+                    "category_token": tables.token("category", actor.model.category),
+                    "nbr_annotations": len(rows),
+                    "first_annotation_token": rows[0]["token"],
+                    "last_annotation_token": rows[-1]["token"],
+                }
+            )
+
+
+def dump(rows: dict[str, list[dict]], path: Path) -> None:
+    """Rows of a scene as JSON, written beside and renamed."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(rows))
+    beside.rename(path)
