@@ -28,6 +28,7 @@ _CAR = ((-1.0, -0.95, 0.3), (3.7, 0.95, 1.0)), ((-0.6, -0.8, 1.0), (2.0, 0.8, 1.
 _CAR_TONES = (250, 250, 252), (60, 66, 76)
 _EYE, _LOOK, _OPENING = (-24.0, 0.0, 15.0), (6.0, 0.0, 0.0), 60.0  # view from behind: m, m, degrees across
 _SUN = np.array([-0.35, 0.55, 0.76])  # towards it
+SAME = NANO // 20  # ns, 50 ms: truth and prediction of one instant; a set's newest camera is that near to the LiDAR
 SLOW = 0.3  # m/s, below which nothing gets an arrow
 
 
@@ -39,20 +40,25 @@ def picture(
     *,
     stamp: int,
     model: str,
+    truth: Prediction | None = None,
 ) -> np.ndarray:
     """(H, W, 3) uint8 RGB of one instant.
 
     images (N, 3, H, W) uint8 RGB with names and `used` flags (what is not used is not looked at); prediction: what is
-    to be drawn, its `unobserved` tinted where it has one; stamp: ns; model: what the title calls the model.
+    to be drawn, its `unobserved` tinted where it has one; stamp: ns; model: what the title calls the model; truth:
+    drawn below the prediction, in the same form.
     """
     if len(images) != len(names) or len(images) != len(used):
         raise ValueError(f"picture: {len(images)} images with {len(names)} names and {len(used)} used flags")
     cameras = _cameras(images, names, used)
     width = cameras.shape[1]
-    moving = _moving(prediction)
-    views = np.hstack([_above(prediction, moving), _paper(VIEW, GAP), _behind(prediction, moving, width - VIEW - GAP)])
-    rows = [_title(width, stamp, model, names, used), cameras, _paper(GAP, width), views, _legend(width, prediction)]
-    return np.vstack(rows)
+    rows = [_title(width, stamp, model, names, used), cameras]
+    for told, words in ((prediction, ""), (truth, "truth, ")):
+        if told is not None:
+            moving, side = _moving(told), width - VIEW - GAP
+            views = _above(told, moving, words), _paper(VIEW, GAP), _behind(told, moving, side, words)
+            rows += [_paper(GAP, width), np.hstack(views)]
+    return np.vstack([*rows, _legend(width, [p for p in (prediction, truth) if p is not None])])
 
 
 def write(picture: np.ndarray, path: Path | str) -> None:
@@ -75,12 +81,13 @@ def show_bag(
 ) -> list[Path]:
     """A PNG for each VoxelFlow message of the bag `outputs`, with the images of the bag `inputs` it was made from.
 
-    The images are those whose own stamps the message tells (its stamp minus the camera's age). In `image_topic` {}
-    stands for the camera's name. Returns the files. FileNotFoundError, ValueError: a bag or topic that is not there.
+    The images are those whose own stamps the message tells (its stamp minus the camera's age). Where `inputs` itself
+    carries VoxelFlow, it is truth: the one nearest in time is drawn below the prediction. In `image_topic` {} stands
+    for the camera's name. Returns the files. FileNotFoundError, ValueError: a bag or topic that is not there.
     """
     from tqdm import tqdm
 
-    topics = [topic for topic, kind in bags.topics_of(outputs).items() if kind == "occflow_msgs/msg/VoxelFlow"]
+    topics = _voxel_topics(outputs)
     if len(topics) != 1:
         raise ValueError(f"{outputs}: expected one topic of occflow_msgs/msg/VoxelFlow, got {topics or 'none'}")
     there = bags.topics_of(inputs)
@@ -100,10 +107,31 @@ def show_bag(
         if missing:
             raise ValueError(f"{inputs}: no topic {', '.join(missing)}; the bag has {', '.join(there)}")
         images, used = _images(inputs, wanted, [image_topic.format(name) for name in message.cameras])
-        drawn = picture(images, list(message.cameras), used, unpack(message), stamp=stamp, model=message.model_name)
+        drawn = picture(
+            images,
+            list(message.cameras),
+            used,
+            unpack(message),
+            stamp=stamp,
+            model=message.model_name,
+            truth=_truth(inputs, stamp),
+        )
         files.append(folder / f"{stamp // NANO}.{stamp % NANO // 1_000_000:03d}.png")
         write(drawn, files[-1])
     return files
+
+
+def _voxel_topics(bag) -> list[str]:
+    return [topic for topic, kind in bags.topics_of(bag).items() if kind == "occflow_msgs/msg/VoxelFlow"]
+
+
+def _truth(inputs, stamp: int) -> Prediction | None:
+    """What a recording tells as truth of an instant (ns), if it tells anything within SAME."""
+    topics, near = _voxel_topics(inputs), []
+    if topics:
+        for _, at, message in bags.read_bag(inputs, topics, stamp - SAME, stamp + SAME + 1):
+            near.append((abs(at - stamp), message))
+    return unpack(min(near, key=lambda pair: pair[0])[1]) if near else None
 
 
 def _images(inputs, wanted: dict[str, int], topics: list[str]) -> tuple[Tensor, list[bool]]:
@@ -169,11 +197,15 @@ def _title(width: int, stamp: int, model: str, names: Sequence[str], used: Seque
     return bar
 
 
-def _legend(width: int, prediction: Prediction) -> np.ndarray:
-    classes = prediction.classes
-    present = torch.bincount(prediction.labels.flatten().long(), minlength=classes.free + 1)[: classes.free].nonzero()
-    items = [(classes.names[i].replace("_", " "), classes.colours[i]) for i in present[:, 0].tolist()]
-    items += [] if prediction.unobserved is None else [("not observed", _UNSEEN)]
+def _legend(width: int, told: Sequence[Prediction]) -> np.ndarray:
+    """Names of all classes that are there; tables may differ, a name has one colour."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for p in told:
+        count = torch.bincount(p.labels.flatten().long(), minlength=p.classes.free + 1)[: p.classes.free]
+        for i in count.nonzero()[:, 0].tolist():
+            found.setdefault(p.classes.names[i].replace("_", " "), p.classes.colours[i])
+    items = list(found.items())
+    items += [] if all(p.unobserved is None for p in told) else [("not observed", _UNSEEN)]
     lines, x, y = [], 16, 30
     for name, colour in items:
         (w, _), _ = cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, 0.62, 1)
@@ -186,7 +218,7 @@ def _legend(width: int, prediction: Prediction) -> np.ndarray:
         cv2.rectangle(bar, (x, y - 15), (x + 22, y + 3), colour, -1)
         cv2.rectangle(bar, (x, y - 15), (x + 22, y + 3), tuple(c // 2 for c in colour), 1)
         _text(bar, name, (x + 30, y), 0.62, _INK)
-    if prediction.flow is not None:
+    if any(p.flow is not None for p in told):
         note = "where it will be in a second"
         (w, _), _ = cv2.getTextSize(note, cv2.FONT_HERSHEY_SIMPLEX, 0.62, 1)
         _arrow(bar, (width - w - 76, 25), (width - w - 26, 25))
@@ -215,7 +247,7 @@ def _moving(prediction: Prediction) -> list[tuple[np.ndarray, np.ndarray]]:
     return things
 
 
-def _above(prediction: Prediction, moving) -> np.ndarray:
+def _above(prediction: Prediction, moving, words: str = "") -> np.ndarray:
     """The grid from above, ahead is up: the highest voxel of each column, brighter the higher, lit from the left."""
     grid, free = prediction.grid, prediction.classes.free
     labels = prediction.labels.cpu().numpy()
@@ -256,11 +288,11 @@ def _above(prediction: Prediction, moving) -> np.ndarray:
         cv2.rectangle(view, pixel(high), pixel(low), _INK, 1, cv2.LINE_AA)
     for place, velocity in moving:
         _arrow(view, pixel(place), pixel(place[:2] + velocity))
-    _caption(view, "from above")
+    _caption(view, f"{words}from above")
     return view
 
 
-def _behind(prediction: Prediction, moving, width: int) -> np.ndarray:
+def _behind(prediction: Prediction, moving, width: int, words: str = "") -> np.ndarray:
     """The grid as seen from above and behind the car: rays through every pixel to the first filled voxel. P pixels."""
     grid, height = prediction.grid, VIEW
     low, edge, eye = np.array(grid.low), np.array(grid.voxel), np.array(_EYE)
@@ -301,7 +333,7 @@ def _behind(prediction: Prediction, moving, width: int) -> np.ndarray:
         begin, end = place + [0, 0, 0.3], place + [*velocity, 0.3]
         if project(begin) and project(end):
             _arrow(view, project(begin), project(end))
-    _caption(view, "from behind the car")
+    _caption(view, f"{words}from behind the car")
     return view
 
 

@@ -142,7 +142,7 @@ def test_an_empty_and_a_full_grid_can_be_drawn():
 
 
 def test_the_legend_names_the_classes_that_are_there_and_no_others():
-    bar = pictures._legend(1900, world())
+    bar = pictures._legend(1900, [world()])
     assert near(bar, OCC3D.colours[CAR]).sum() > 200 and near(bar, OCC3D.colours[ROAD]).sum() > 200
     assert not near(bar, OCC3D.colours[OCC3D.id("vegetation")]).any()
 
@@ -195,6 +195,25 @@ def test_every_message_becomes_a_picture_with_the_images_of_its_own_set(recordin
                 assert min(errors) > 20 and near(tile.astype(np.uint8), (255, 196, 120)).sum() > 100
             else:
                 assert errors[k] < 6 and errors[k] < errors[1 - k], f"{name} of set {k} and not of the other"
+
+
+def test_truth_of_the_same_instant_in_the_recording_is_drawn_below_the_prediction(recording, tmp_path):
+    folder, frames = recording
+    (_, _, told), *_ = bags.read_bag(folder / "out")
+    with bags.BagWriter(tmp_path / "in") as bag:
+        for topic, kind in bags.topics_of(folder / "in").items():
+            bag.add(topic, kind)
+        bag.add("/ground_truth/occupancy", "occflow_msgs/msg/VoxelFlow")
+        for topic, stamp, message in bags.read_bag(folder / "in"):
+            bag.write(topic, stamp, message)
+        bag.write("/ground_truth/occupancy", frames[0].stamp + 30_000_000, told)  # 53 ms before the second set
+    with_truth, without = pictures.show_bag(tmp_path / "in", folder / "out", tmp_path / "png", progress=False)
+    tall, flat = cv2.imread(str(with_truth)), cv2.imread(str(without))
+    assert tall.shape[0] == flat.shape[0] + pictures.VIEW + pictures.GAP and tall.shape[1] == flat.shape[1]
+    above = tall[52 + 2 * pictures.TILE[1] + 2 * pictures.GAP :][: pictures.VIEW]
+    below = tall[52 + 2 * pictures.TILE[1] + 3 * pictures.GAP + pictures.VIEW :][: pictures.VIEW]
+    same = (above == below).all(-1).mean()  # the message is its own truth here: only the captions differ
+    assert 0.95 < same < 1.0
 
 
 def test_bags_without_what_is_needed_are_refused_by_name(recording, tmp_path):
