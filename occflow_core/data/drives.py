@@ -198,12 +198,16 @@ def _frame(channel: str) -> str:
 
 
 def _bytes(data: SampleData) -> bytes:
+    """The recorded file. A JPEG without its end is truncated; to find all else that can be broken, one must decode."""
     try:
-        return data.path.read_bytes()
+        file = data.path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(
             f"table sample_data: {data.token} ({data.channel}) names a file that is not there: {data.path}"
         ) from None
+    if len(file) < 4 or (file[:2] == b"\xff\xd8" and b"\xff\xd9" not in file[-64:]):
+        raise ValueError(f"sample_data {data.token} ({data.channel}): a truncated picture: {data.path}")
+    return file
 
 
 def _cloud(types, points: Tensor, stamp: int, frame: str):

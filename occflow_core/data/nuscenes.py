@@ -797,6 +797,9 @@ class NuScenes:
         if wrong.any():
             row = int(expected[np.flatnonzero(wrong)[0]])
             here, there = (self._columns["token"][r].decode() for r in (row, row + 1))
+            between = max(int(self._columns["next"][row]), int(self._columns["prev"][row + 1]))
+            if between >= 0 and self._columns["broken"][between] >= 0:  # it belongs here, but has lost its scene
+                raise ValueError(self._sentences[self._columns["broken"][between]])
             raise ValueError(
                 f"table sample_data: {here} and {there} follow each other on {channel} of {scene} by their stamps, but "
                 f"not by next and prev ({self._path('sample_data')})"
@@ -979,9 +982,7 @@ class NuScenes:
         try:
             pose = rigid.from_quaternion(wxyz, [x, y, z])
         except ValueError as error:
-            raise ValueError(
-                f"table sample_annotation: {token}: {error} ({self._path('sample_annotation')})"
-            ) from None
+            raise ValueError(f"table sample_annotation: {token}: {error} ({self._path('sample_annotation')})") from None
         width, length, height = columns["size"][row].tolist()
         if not min(width, length, height) > 0:
             raise ValueError(

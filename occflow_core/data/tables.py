@@ -116,7 +116,7 @@ def places(tokens: np.ndarray | list[str]) -> Callable[[np.ndarray], np.ndarray]
 def _keys(tokens: np.ndarray) -> np.ndarray:
     """(n,) uint64: numbers that differ where tokens do, but for one chance in 10^19; sorting them is fast."""
     width = -(-tokens.dtype.itemsize // 8) * 8
-    words = tokens.astype(f"S{width}").view(np.uint64).reshape(len(tokens), -1)
+    words = tokens.astype(f"S{width}").view(np.uint64).reshape(len(tokens), width // 8)
     key = np.zeros(len(tokens), np.uint64)
     for column in words.T:
         # splitmix64's finaliser: all bits of a word reach all bits of the key. Padding adds nothing: widths may differ
