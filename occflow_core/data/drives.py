@@ -25,7 +25,7 @@ from torch import Tensor
 from ..geometry import OCC3D_GRID, Cameras, rigid
 from ..types import NANO, OCC3D, Occupancy, Prediction
 from ..voxelflow import pack
-from .bag import BagWriter, _camera_info, _header, _transforms, read_bag, topics_of
+from .bag import BagWriter, _camera_info, _header, _read, _transforms, topics_of
 from .nuscenes import CAMERAS, CLASS_OF, LIDAR, Box, Moment, NuScenes, SampleData, class_of
 
 BASE, WORLD = "base_link", "map"
@@ -505,7 +505,7 @@ def _heard(bag: Path, there: dict[str, str], topics: dict[str, str], rectified: 
     cameras = {_info_topic(topic): name for name, topic in topics.items()}
     wanted = [t for t in ("/tf", "/tf_static", *cameras) if t in there]
     first: dict[str, bytes] = {}
-    for topic, _, message in read_bag(bag, wanted):
+    for topic, _, message in _read(bag, set(wanted), None, None):
         if topic in ("/tf", "/tf_static"):
             tf.add(message, static=topic == "/tf_static")
             continue
@@ -560,7 +560,7 @@ def _extract(bag, folder, topics, cloud_topic, tf, infos, frames, quality, keep_
     files: list[_File] = []
     seen: set[tuple[str, int]] = set()
     for topic, _, message in tqdm(
-        read_bag(bag, list(names)), desc=bag.name, unit="message", disable=None if progress else True
+        _read(bag, set(names), None, None), desc=bag.name, unit="message", disable=None if progress else True
     ):
         name, stamp = names[topic], _nano(message.header.stamp)
         if (name, stamp) in seen:
@@ -675,37 +675,32 @@ def _points(message) -> bytes:
 def _keyframes(files: list[_File], cameras: list[str]) -> list[tuple[int, dict[str, _File]]]:
     """(stamp, channel -> file) of keyframes 0.5 s apart.
 
-    Among the pictures around an instant those belong together that were taken in the shortest time (cameras fire one
-    after the other, and the newest is not always the nearest); where two choices are as short, the nearer one.
+    They are anchored in the LiDAR's sweeps, else in the pictures of the camera that has most; the first is the first
+    anchor at which all cameras are there, if there is such a one.
     """
-    by_channel = {name: [f for f in files if f.channel == name] for name in (*cameras, LIDAR)}
-    pictures = {name: by_channel[name] for name in cameras if by_channel[name]}
-    period = int(np.median([s for there in pictures.values() for s in np.diff([f.stamp for f in there])] or [NANO]))
-    sweeps, keys, used = by_channel[LIDAR], [], set()
+    pictures = {name: there for name in cameras if (there := [f for f in files if f.channel == name])}
+    sweeps = [f for f in files if f.channel == LIDAR]
     anchors = sweeps or max(pictures.values(), key=len)
-    start = max(there[0].stamp for there in pictures.values()) if len(pictures) > 1 else anchors[0].stamp
-    # the first instant at which every camera has said something, unless one wakes up much later than the others
-    start = min(start, min(there[0].stamp for there in pictures.values()) + round(KEY_PERIOD * NANO))
-    anchors = [a for a in anchors if a.stamp >= start - (0 if sweeps else period)]
-    wanted = anchors[0].stamp if anchors else 0
-    for i, anchor in enumerate(anchors):
-        later = anchors[i + 1].stamp if i + 1 < len(anchors) else None
-        if anchor.stamp < wanted and later is not None and abs(later - wanted) <= abs(anchor.stamp - wanted):
-            continue  # the next one is nearer to the beat
-        if later is None and anchor.stamp < wanted - round(KEY_PERIOD * NANO) // 4:
-            continue
+    stamps, beat = np.array([f.stamp for f in anchors]), round(KEY_PERIOD * NANO)
+    period = int(np.median([s for there in pictures.values() for s in np.diff([f.stamp for f in there])] or [beat]))
+    own = int(np.median(np.diff(stamps))) if len(stamps) > 1 else beat
+    first = next((a for a in anchors if len(_together(pictures, a.stamp, period)) == len(pictures)), anchors[0]).stamp
+    keys, used = [], set()
+    for wanted in range(first, int(stamps[-1]) + own // 2, beat):
+        anchor = anchors[int(np.abs(stamps - wanted).argmin())]
         chosen = _together(pictures, anchor.stamp, period)
-        if not chosen or any(id(file) in used for file in chosen.values()):
+        # an anchor far from the beat belongs to another one: here the recording has a gap
+        if abs(anchor.stamp - wanted) > beat // 2 or not chosen or any(id(f) in used for f in chosen.values()):
             continue
         used |= {id(file) for file in chosen.values()}
         stamp = anchor.stamp if sweeps else max(file.stamp for file in chosen.values())
         keys.append((stamp, {**chosen, **({LIDAR: anchor} if sweeps else {})}))
-        beats = max(1, round((anchor.stamp - wanted) / (KEY_PERIOD * NANO)) + 1)
-        wanted += beats * round(KEY_PERIOD * NANO)
     return keys
 
 
 def _together(pictures: dict[str, list[_File]], stamp: int, period: int) -> dict[str, _File]:
+    """One picture a camera around a stamp: those that were taken in the shortest time (cameras fire one after the
+    other, and the nearest picture of each need not be of one round); where two rounds are as short, the nearer one."""
     near = {}
     for name, there in pictures.items():
         stamps = [f.stamp for f in there]

@@ -102,7 +102,7 @@ def test_opus_training_windows_are_the_published_ones_for_the_same_draw(request,
     original = Original(world.dataroot)
     seen = set()
     for k, sample in enumerate(world.samples(SCENE)):
-        for seed in range(12):
+        for seed in range(6):
             window = windows.opus(world, sample, rng=np.random.default_rng(seed), longest_gap=9.0)
             length = len(original.past(k))
             if length <= 7:
