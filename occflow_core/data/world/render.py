@@ -1,7 +1,7 @@
 """Pictures: weather, light and shadows around what `Tracer` meets. H W pixels, M actors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from .traffic import Actor
 WEATHERS = ("clear", "overcast", "dusk", "night", "rain", "fog")
 _ROUGH = 0.055  # difference of neighbours (square root of light) from which a pixel gets more rays
 _MORE = ((-0.30, -0.10), (0.10, -0.32), (0.28, 0.22), (-0.12, 0.34))  # where in the pixel, of its middle
+_SHADOW, _SHADED = 8.0, 80.0  # m: how far a shadow is looked for beside its caster, and how far from the eye
+_SOFT = 0.2  # spread of shadow rays from which they are smoothed
 _CELL = 16.0  # m, of the map of lamps
 
 
@@ -83,7 +85,7 @@ def weather(name: str, rng) -> Weather:
             "ambient": a([[0.34, 0.36, 0.52], [0.20, 0.16, 0.15]]),
             "fog": a([0.70, 0.48, 0.38]),
             "haze": rng.uniform(0.001, 0.003),
-            "spread": 0.05,
+            "spread": 0.02,
             "lift": 0.0,
             "night": 0.45,
             "wet": 0.0,
@@ -93,7 +95,7 @@ def weather(name: str, rng) -> Weather:
         },
         "night": {
             "sunlight": a([0.012, 0.014, 0.02]),
-            "sky": a([[0.006, 0.008, 0.016], [0.035, 0.03, 0.03], [1, 1, 1], [cloud, 0.4, 0]]),
+            "sky": a([[0.006, 0.008, 0.016], [0.035, 0.03, 0.03], [1, 1, 1], [cloud, 0.12, 0]]),
             "ambient": a([[0.030, 0.032, 0.045], [0.015, 0.013, 0.011]]),
             "fog": a([0.03, 0.027, 0.026]),
             "haze": rng.uniform(0.001, 0.003),
@@ -165,17 +167,25 @@ class Painter:
         height, width = size
         light = self.light
         eye = world_from_camera[:3, 3].astype(np.float32)
-        # what stands wholly behind the camera is not looked for; its shadow is
-        ahead = world_from_camera[:3, 2]
-        near = [k for k, p in enumerate(poses) if (p[:3, 3] - eye) @ ahead > -actors[k].model.reach - 1.0]
-        seen, seen_poses = [actors[k] for k in near], poses[near]
+        # who cannot be in the picture is not looked for, nor is a shadow that cannot fall into it
+        seen = _within(matrix, world_from_camera, size, actors, poses, 0.5)
+        shadow = light.sunlight.max() > 0.05
+        casts = _within(matrix, world_from_camera, size, actors, poses, _SHADOW) if shadow else []
+        casts = [k for k in casts if np.linalg.norm(poses[k][:3, 3] - eye) < _SHADED]
+        casters, caster_poses = [actors[k] for k in casts], poses[casts]
+        who = np.array(seen, np.int32)
+        seen, seen_poses = [actors[k] for k in seen], poses[seen]
         table = _Table(self, seen, seen_poses, time, world_from_car)
         v, u = np.divmod(np.arange(height * width), width)
         directions = _rays(matrix, world_from_camera, u + 0.5, v + 0.5)
         origins = np.broadcast_to(eye, directions.shape).copy()
         pixel = 1.0 / matrix[0, 0]
         hits = self.tracer.cast(origins, directions, seen, seen_poses, time)
-        colour = self._shade(eye, directions, hits, table, actors, poses, time, pixel)
+        lit = self._lit(eye, directions, hits, casters, caster_poses, time)
+        soft = light.spread > _SOFT
+        if soft:  # one ray a pixel is too few for a wide sky: neighbours on the same surface share theirs
+            lit = loops.smooth(lit, hits.t, hits.face, height, width)
+        colour = self._shade(eye, directions, hits, lit, table, pixel)
         chosen = loops.rough(colour, height, width, np.float32(light.exposure), np.float32(_ROUGH))
         if len(chosen):
             total = colour[chosen].copy()
@@ -184,7 +194,8 @@ class Painter:
             for du, dv in _MORE:
                 more = _rays(matrix, world_from_camera, u[chosen] + 0.5 + du, v[chosen] + 0.5 + dv)
                 again = self.tracer.cast(origins[: len(chosen)], more, seen, seen_poses, time)
-                shade = self._shade(eye, more, again, table, actors, poses, time, pixel)
+                light_here = lit[chosen] if soft else self._lit(eye, more, again, casters, caster_poses, time)
+                shade = self._shade(eye, more, again, light_here, table, pixel)
                 total += np.minimum(shade, bright)
             colour[chosen] = total / (1 + len(_MORE))
         grain = np.float32(light.grain)
@@ -197,9 +208,12 @@ class Painter:
             np.float32(light.rain),
             (self.seed + number) & 0xFFFF,
         )
-        return out, hits
+        # those who were looked for, by their number among all
+        actor = np.where(hits.actor >= 0, np.append(who, -1)[hits.actor], np.int32(-1)).astype(np.int32)
+        return out, replace(hits, actor=actor)
 
-    def _shade(self, eye, directions, hits: Hits, table, actors, poses, time, pixel) -> np.ndarray:
+    def _lit(self, eye, directions, hits: Hits, actors, poses, time) -> np.ndarray:
+        """(N,) float32: does the sun (or, where it is not seen, the zenith) shine on the hits?"""
         light = self.light
         lit = np.zeros(len(directions), np.float32)
         if light.sunlight.max() > 0.05:
@@ -219,6 +233,10 @@ class Painter:
                 )
                 lit[solid] = ~self.tracer.blocked(start, rays, actors, poses, time)
             lit[hits.t >= 160] = 1.0
+        return lit
+
+    def _shade(self, eye, directions, hits: Hits, lit, table, pixel) -> np.ndarray:
+        light = self.light
         out = np.empty((len(directions), 3), np.float32)
         tracer = self.tracer
         loops.shade(
@@ -283,10 +301,28 @@ class _Table:
             else:
                 lamp = 0
             self.signals[3 * k + lamp] = 1.0
-        strength = 260.0 * painter.light.night
+        strength = 900.0 * painter.light.night
         place = world_from_car @ [3.9, 0, 0.7, 1]
-        aim = world_from_car[:3, :3] @ [0.998, 0, -0.06]
+        aim = world_from_car[:3, :3] @ [0.998, 0, -0.045]
         self.headlights = np.array([*place[:3], *aim, strength])
+
+
+def _within(matrix, world_from_camera, size, actors, poses, margin: float) -> list[int]:
+    """Numbers of the actors whose ball, `margin` m larger, reaches into the picture's pyramid."""
+    if not len(actors):
+        return []
+    height, width = size
+    middles = np.array([a.model.middle for a in actors])
+    radii = np.array([a.model.reach for a in actors]) + margin
+    world = np.einsum("mij,mj->mi", poses[:, :3, :3], middles) + poses[:, :3, 3]
+    places = (world - world_from_camera[:3, 3]) @ world_from_camera[:3, :3]  # x right, y down, z ahead
+    inside = places[:, 2] > -radii
+    corner = np.linalg.inv(matrix) @ np.array([[0, width], [0, height], [1, 1]])  # upper left, lower right at z = 1
+    for axis, side, sign in ((0, 0, 1), (0, 1, -1), (1, 0, 1), (1, 1, -1)):
+        slope = corner[axis, side]
+        away = sign * (places[:, axis] - slope * places[:, 2]) / np.hypot(1, slope)
+        inside &= away > -radii
+    return np.flatnonzero(inside).tolist()
 
 
 def _rays(matrix, world_from_camera, u, v) -> np.ndarray:

@@ -1,7 +1,7 @@
 """One scene, from a seed to files: traffic, scenery, pictures, sweeps, labels, annotations."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,16 +61,12 @@ class World:
         seed = int(np.random.SeedSequence([plan.seed, plan.number, 1]).generate_state(1)[0] & 0x7FFFFFFF)
         self.painter = render.Painter(self.tracer, self.scenery, self.town, self.light, seed)
 
-    def stamp(self, time: float) -> int:
-        """us of a time in s."""
-        return BEGIN + self.plan.number * 1000 * MICRO + round(time * MICRO)
-
     def present(self, time: float) -> tuple[list[int], list[Actor], np.ndarray]:
         """Moving actors near the car at a time: their numbers, themselves, their poses (M, 4, 4)."""
         car = self.traffic.world_from_car(time)[:3, 3]
-        poses = [a.world_from_actor(time) for a in self.traffic.actors]
-        near = [k for k, p in enumerate(poses) if np.linalg.norm(p[:3, 3] - car) < _SIGHT]
-        return near, [self.traffic.actors[k] for k in near], np.array([poses[k] for k in near]).reshape(-1, 4, 4)
+        poses = self.traffic.poses(time)
+        near = np.flatnonzero(np.linalg.norm(poses[:, :3, 3] - car, axis=1) < _SIGHT)
+        return near.tolist(), [self.traffic.actors[k] for k in near], poses[near]
 
     def picture(self, camera: int, time: float) -> tuple[np.ndarray, Hits, list[int]]:
         """(H, W, 3) uint8 BGR of a camera at its own time, what its pixels met, and who `Hits.actor` numbers."""
@@ -101,55 +97,147 @@ class World:
         return rig.cameras.moved(moved)
 
 
-def make(plan: Plan, out: Path, step: Callable[[], None] = lambda: None) -> dict[str, list[dict]]:
-    """Write one scene's files below `out` and return its rows of the tables. `step` is called after each keyframe."""
-    world = World(plan)
-    return _Writer(world, out).run(step)
+@dataclass
+class Part:
+    """What one process made of a scene: rows of some keyframes in their order, and drafts of their annotations."""
+
+    channels: dict[str, list[dict]]  # sample_data by channel, not yet chained
+    poses: list[dict]
+    lidarseg: list[dict]
+    drafts: dict[int, dict[tuple[str, int], dict]]  # keyframe -> ("thing" | "actor", number) -> draft
+
+
+def make(plan: Plan, out: Path, share: tuple[int, int] = (0, 1), step: Callable[[], None] = lambda: None) -> Part:
+    """Write the files of a share (i, n) of a scene's keyframes below `out`: the i-th of n stretches.
+
+    `step` is called after each keyframe. Whatever the shares, the files are the same.
+    """
+    writer = _Writer(World(plan), out)
+    first, last = (plan.keyframes * k // share[1] for k in (share[0], share[0] + 1))
+    for k in range(first, last):
+        writer.keyframe(k)
+        step()
+    return writer.part
+
+
+def finish(plan: Plan, parts: Sequence[Part]) -> dict[str, list[dict]]:
+    """The scene's rows of nuScenes' tables, from all its parts in order."""
+    rows: dict[str, list[dict]] = {name: [] for name in tables.TABLES}
+    for channel in (*plan.rig.names, "LIDAR_TOP"):
+        rows["sample_data"] += tables.chain([row for part in parts for row in part.channels[channel]])
+    rows["ego_pose"] = [row for part in parts for row in part.poses]
+    rows["lidarseg"] = [row for part in parts for row in part.lidarseg]
+    _scene_rows(plan, rows)
+    drafts = {k: near for part in parts for k, near in part.drafts.items()}
+    for key in sorted({key for near in drafts.values() for key in near}):
+        _instance_rows(plan, key, drafts, rows)
+    return rows
+
+
+def _token(plan: Plan, *names) -> str:
+    return tables.token(plan.seed, plan.name, *names)
+
+
+def _stamp(plan: Plan, time: float) -> int:
+    """us of a time in s."""
+    return BEGIN + plan.number * 1000 * MICRO + round(time * MICRO)
+
+
+def _scene_rows(plan: Plan, rows: dict[str, list[dict]]) -> None:
+    samples = [
+        {
+            "token": _token(plan, "sample", k),
+            "timestamp": _stamp(plan, k / KEYFRAMES),
+            "scene_token": _token(plan, "scene"),
+        }
+        for k in range(plan.keyframes)
+    ]
+    rows["sample"] = tables.chain(samples)
+    rows["scene"].append(
+        {
+            "token": _token(plan, "scene"),
+            "log_token": _token(plan, "log"),
+            "nbr_samples": len(samples),
+            "first_sample_token": samples[0]["token"],
+            "last_sample_token": samples[-1]["token"],
+            "name": plan.name,
+            "description": f"synthetic street, {plan.weather}",
+        }
+    )
+    day = {"logfile": f"world-{plan.number:04d}", "vehicle": "world", "date_captured": "2020-09-13"}
+    rows["log"].append({"token": _token(plan, "log"), **day, "location": "world"})
+    for channel, matrix, pose in zip(
+        (*plan.rig.names, "LIDAR_TOP"),
+        [*plan.rig.cameras.pixels_from_camera.tolist(), []],
+        [*plan.rig.cameras.car_from_camera, torch.from_numpy(plan.rig.car_from_lidar)],
+    ):
+        rotation, place = rigid.to_quaternion(pose)
+        rows["calibrated_sensor"].append(
+            {
+                "token": _token(plan, "calibrated_sensor", channel),
+                "sensor_token": tables.token("sensor", channel),
+                "translation": place,
+                "rotation": rotation,
+                "camera_intrinsic": matrix,
+            }
+        )
+
+
+def _instance_rows(plan: Plan, key, drafts, rows) -> None:
+    """Boxes of what a ray or a picture met, from the first such keyframe to the last."""
+    met = [k for k, near in drafts.items() if key in near and near[key]["met"]]
+    if not met:
+        return
+    instance, own = _token(plan, "instance", *key), []
+    for k in range(min(met), max(met) + 1):
+        if key in drafts[k]:
+            draft = dict(drafts[k][key])
+            del draft["met"]
+            category = draft.pop("category")
+            names = {"token": _token(plan, "sample_annotation", *key, k), "sample_token": _token(plan, "sample", k)}
+            own.append({**names, "instance_token": instance, **draft})
+    rows["sample_annotation"] += tables.chain(own)
+    rows["instance"].append(
+        {
+            "token": instance,
+            "category_token": tables.token("category", category),
+            "nbr_annotations": len(own),
+            "first_annotation_token": own[0]["token"],
+            "last_annotation_token": own[-1]["token"],
+        }
+    )
 
 
 class _Writer:
     def __init__(self, world: World, out: Path):
         self.world, self.plan, self.out = world, world.plan, out
-        self.rows: dict[str, list[dict]] = {name: [] for name in tables.TABLES}
-        self.sweeps = []  # of keyframes: time, sweep, world_from_lidar, who
-        self.found: list[dict] = []  # one a keyframe: thing or actor -> (LiDAR points, visible part)
+        self.part = Part({name: [] for name in (*self.plan.rig.names, "LIDAR_TOP")}, [], [], {})
+        self.sweeps = []  # of all keyframes: time, sweep, world_from_lidar, actors, their numbers
+        for k in range(self.plan.keyframes):
+            sweep, pose, who = world.sweep(k / KEYFRAMES)
+            self.sweeps.append((k / KEYFRAMES, sweep, pose, [world.traffic.actors[n] for n in who], who))
 
-    def token(self, *names) -> str:
-        return tables.token(self.plan.seed, self.plan.name, *names)
-
-    def run(self, step) -> dict[str, list[dict]]:
-        plan, world = self.plan, self.world
-        times = [k / KEYFRAMES for k in range(plan.keyframes)]
-        for time in times:
-            sweep, pose, who = world.sweep(time)
-            self.sweeps.append((time, sweep, pose, [world.traffic.actors[k] for k in who], who))
-        channels: dict[str, list[dict]] = {name: [] for name in (*plan.rig.names, "LIDAR_TOP")}
-        for k, time in enumerate(times):
-            shown = self._pictures(k, time, channels)
-            self._lidar(k, time, channels["LIDAR_TOP"])
-            self._labels(k, time)
-            self.found.append(self._find(k, time, shown))
-            step()
-        for rows in channels.values():
-            self.rows["sample_data"] += tables.chain(rows)
-        self._scene(times)
-        self._annotations(times)
-        return self.rows
+    def keyframe(self, k: int) -> None:
+        time = k / KEYFRAMES
+        shown = self._pictures(k, time)
+        self._lidar(k, time)
+        self._labels(k, time)
+        self.part.drafts[k] = self._drafts(k, time, shown)
 
     # ---- sensors -------------------------------------------------------------------------------------------------
 
     def _data(self, channel: str, k: int, time: float, key: bool, suffix: str, size) -> dict:
         """A row of sample_data and its ego pose; k is the keyframe it belongs to (itself, or the one that follows)."""
-        stamp = self.world.stamp(time)
-        name = self.token("sample_data", channel, stamp)
+        stamp = _stamp(self.plan, time)
+        name = _token(self.plan, "sample_data", channel, stamp)
         folder = "samples" if key else "sweeps"
         rotation, place = rigid.to_quaternion(torch.from_numpy(self.world.traffic.world_from_car(time)))
-        self.rows["ego_pose"].append({"token": name, "timestamp": stamp, "rotation": rotation, "translation": place})
+        self.part.poses.append({"token": name, "timestamp": stamp, "rotation": rotation, "translation": place})
         return {
             "token": name,
-            "sample_token": self.token("sample", k),
+            "sample_token": _token(self.plan, "sample", k),
             "ego_pose_token": name,
-            "calibrated_sensor_token": self.token("calibrated_sensor", channel),
+            "calibrated_sensor_token": _token(self.plan, "calibrated_sensor", channel),
             "timestamp": stamp,
             "fileformat": "pcd" if suffix == "pcd.bin" else suffix,
             "is_key_frame": key,
@@ -163,7 +251,7 @@ class _Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _pictures(self, k: int, time: float, channels) -> list[tuple[Hits, list[int]]]:
+    def _pictures(self, k: int, time: float) -> list[tuple[Hits, list[int]]]:
         """The pictures since the last keyframe and those of this one; returns what this one's met, camera by camera."""
         rig, shown = self.plan.rig, []
         size = (rig.cameras.height, rig.cameras.width)
@@ -177,11 +265,12 @@ class _Writer:
                 done, file = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
                 assert done
                 self._file(row).write_bytes(file.tobytes())
-                channels[channel].append(row)
+                self.part.channels[channel].append(row)
             shown.append((hits, who, then))
         return shown
 
-    def _lidar(self, k: int, time: float, rows: list[dict]) -> None:
+    def _lidar(self, k: int, time: float) -> None:
+        rows = self.part.channels["LIDAR_TOP"]
         per = LIDAR // KEYFRAMES
         for j in range(1, per) if self.plan.sweeps and k > 0 else ():
             then = time - (per - j) / LIDAR
@@ -202,7 +291,7 @@ class _Writer:
         ids = np.where(sweep.actor >= 0, of_actors[sweep.actor], ids).astype(np.uint8)
         name = f"lidarseg/{tables.VERSION}/{row['token']}_lidarseg.bin"
         ids.tofile(self._file(name))
-        self.rows["lidarseg"].append({"token": row["token"], "sample_data_token": row["token"], "filename": name})
+        self.part.lidarseg.append({"token": row["token"], "sample_data_token": row["token"], "filename": name})
 
     # ---- truth ---------------------------------------------------------------------------------------------------
 
@@ -213,29 +302,43 @@ class _Writer:
         sweeps = [entry[:4] for entry in self.sweeps]
         mask_lidar, mask_camera = truth.masks(semantics, sweeps, time, car, world.cameras(time))
         labels = truth.Labels(semantics, flow, mask_lidar, mask_camera)
-        place = f"{self.plan.name}/{self.token('sample', k)}/labels.npz"
+        place = f"{self.plan.name}/{_token(self.plan, 'sample', k)}/labels.npz"
         masks = {"mask_lidar": mask_lidar, "mask_camera": mask_camera}
         np.savez_compressed(self._file(f"gts/{place}"), semantics=semantics, **masks)
         np.savez_compressed(self._file(f"openocc_v2/{place}"), semantics=labels.openocc, flow=flow)
 
-    def _find(self, k: int, time: float, shown) -> dict:
-        """Who is near, hit or seen at a keyframe: ("thing" | "actor", number) -> (LiDAR points, visible part)."""
+    def _drafts(self, k: int, time: float, shown) -> dict[tuple[str, int], dict]:
+        """Annotations of what stands near at a keyframe, and whether a ray or a picture met it."""
         world = self.world
         car = world.traffic.world_from_car(time)
         _, sweep, _, _, who = self.sweeps[k]
-        tracer = world.tracer
         points: dict = {}
-        static = tracer.instance[sweep.face[sweep.actor < 0]]
+        static = world.tracer.instance[sweep.face[sweep.actor < 0]]
         for number, count in zip(*np.unique(static[static >= 0], return_counts=True)):
             points["thing", int(number)] = int(count)
         for number, count in zip(*np.unique(sweep.actor[sweep.actor >= 0], return_counts=True)):
             points["actor", who[number]] = int(count)
-        near = {}
+        drafts = {}
         for key, actor in self._everything():
             pose = actor.world_from_actor(time)
-            if np.linalg.norm(pose[:2, 3] - car[:2, 3]) < _ANNOTATED:
-                near[key] = (points.get(key, 0), self._visible(key, actor, shown))
-        return near
+            if np.linalg.norm(pose[:2, 3] - car[:2, 3]) > _ANNOTATED:
+                continue
+            count, part = points.get(key, 0), self._visible(key, actor, shown)
+            rotation, _ = rigid.to_quaternion(torch.from_numpy(pose))
+            attribute = actor.attribute(time)
+            length, width, height = actor.model.size
+            drafts[key] = {
+                "visibility_token": tables.visibility_token(part),
+                "attribute_tokens": [tables.token("attribute", attribute)] if attribute else [],
+                "translation": (pose[:3, :3] @ actor.model.middle + pose[:3, 3]).tolist(),
+                "size": [width, length, height],
+                "rotation": rotation,
+                "num_lidar_pts": count,
+                "num_radar_pts": 0,
+                "met": bool(count or part),
+                "category": actor.model.category,
+            }
+        return drafts
 
     def _everything(self):
         yield from ((("thing", k), a) for k, a in enumerate(self.world.scenery.things))
@@ -278,85 +381,6 @@ class _Writer:
                 total += len(places)
                 seen += int(mine.sum())
         return min(1.0, 1.25 * seen / total) if total else 0.0
-
-    # ---- tables --------------------------------------------------------------------------------------------------
-
-    def _scene(self, times) -> None:
-        plan, world = self.plan, self.world
-        samples = [
-            {"token": self.token("sample", k), "timestamp": world.stamp(t), "scene_token": self.token("scene")}
-            for k, t in enumerate(times)
-        ]
-        self.rows["sample"] = tables.chain(samples)
-        self.rows["scene"].append(
-            {
-                "token": self.token("scene"),
-                "log_token": self.token("log"),
-                "nbr_samples": len(samples),
-                "first_sample_token": samples[0]["token"],
-                "last_sample_token": samples[-1]["token"],
-                "name": plan.name,
-                "description": f"synthetic street, {plan.weather}",
-            }
-        )
-        day = {"logfile": f"world-{plan.number:04d}", "vehicle": "world", "date_captured": "2020-09-13"}
-        self.rows["log"].append({"token": self.token("log"), **day, "location": "world"})
-        for channel, matrix, pose in zip(
-            (*plan.rig.names, "LIDAR_TOP"),
-            [*plan.rig.cameras.pixels_from_camera.tolist(), []],
-            [*plan.rig.cameras.car_from_camera, torch.from_numpy(plan.rig.car_from_lidar)],
-        ):
-            rotation, place = rigid.to_quaternion(pose)
-            self.rows["calibrated_sensor"].append(
-                {
-                    "token": self.token("calibrated_sensor", channel),
-                    "sensor_token": tables.token("sensor", channel),
-                    "translation": place,
-                    "rotation": rotation,
-                    "camera_intrinsic": matrix,
-                }
-            )
-
-    def _annotations(self, times) -> None:
-        """Boxes of everything that a ray or a picture met, from the first such keyframe to the last."""
-        for key, actor in self._everything():
-            met = [k for k, near in enumerate(self.found) if key in near and (near[key][0] or near[key][1])]
-            if not met:
-                continue
-            instance = self.token("instance", *key)
-            rows = []
-            for k in range(met[0], met[-1] + 1):
-                if key not in self.found[k]:
-                    continue
-                count, part = self.found[k][key]
-                pose = actor.world_from_actor(times[k])
-                rotation, _ = rigid.to_quaternion(torch.from_numpy(pose))
-                attribute = actor.attribute(times[k])
-                length, width, height = actor.model.size
-                rows.append(
-                    {
-                        "token": self.token("sample_annotation", *key, k),
-                        "sample_token": self.token("sample", k),
-                        "instance_token": instance,
-                        "visibility_token": tables.visibility_token(part),
-                        "attribute_tokens": [tables.token("attribute", attribute)] if attribute else [],
-                        "translation": (pose[:3, :3] @ actor.model.middle + pose[:3, 3]).tolist(),
-                        "size": [width, length, height],
-                        "rotation": rotation,
-                        "num_lidar_pts": count,
-                        "num_radar_pts": 0,
-                    }
-                )
-            self.rows["sample_annotation"] += tables.chain(rows)
-            self.rows["instance"].append(
-                {
-                    "token": instance,
-                    "category_token": tables.token("category", actor.model.category),
-                    "nbr_annotations": len(rows),
-                    "first_annotation_token": rows[0]["token"],
-                    "last_annotation_token": rows[-1]["token"],
-                }
-            )
 
 
 def dump(rows: dict[str, list[dict]], path: Path) -> None:

@@ -667,7 +667,7 @@ def _parked(yard: _Yard, box, side, length, stretch) -> None:
         if rng.random() < full:
             u, v = _on_side(box, side, s + long / 2, -PARKING / 2 + rng.uniform(-0.1, 0.1))
             turn = rng.normal(0, 0.02) + (np.pi if rng.random() < 0.05 else 0)
-            yard.thing(name, u, v, yaw + np.pi + turn, 0.0, True)
+            yard.thing(name, u, v, yaw + turn, 0.0, True)
         s += long + rng.uniform(0.7, 1.8)
 
 

@@ -17,16 +17,19 @@ FACADE, FOLIAGE, BARK, CONCRETE, STRIPES, SIGNAL, STREETLAMP, SOIL, ROOF, BRICK,
 
 @compiled
 def near(origins, directions, limit, centre, radius):
-    """Indices of the rays that come within `radius` of `centre` before their `limit`. Directions of length one."""
+    """Indices of the rays that come within `radius` of `centre` before their `limit`. Directions of length one.
+
+    All float32: it only has to be cautious, and it is what most rays pay for every thing that moves.
+    """
     n = len(directions)
     out = np.empty(n, np.int32)
     count = 0
+    cx, cy, cz, far = centre[0], centre[1], centre[2], radius * radius
     for i in range(n):
-        x, y, z = centre[0] - origins[i, 0], centre[1] - origins[i, 1], centre[2] - origins[i, 2]
+        x, y, z = cx - origins[i, 0], cy - origins[i, 1], cz - origins[i, 2]
         along = x * directions[i, 0] + y * directions[i, 1] + z * directions[i, 2]
-        if along < -radius or along - radius > limit[i]:
-            continue
-        if x * x + y * y + z * z - along * along < radius * radius:
+        apart = x * x + y * y + z * z - along * along
+        if apart < far and along > -radius and along - radius < limit[i]:
             out[count] = i
             count += 1
     return out[:count].copy()
@@ -367,14 +370,14 @@ def shade(
                     cosine = (nx * vx + ny * vy + nz * vz) / math.sqrt(q)
                     if cosine > 0 and vz > 0:
                         down = vz / math.sqrt(q)
-                        e = night * 22.0 * cosine * (0.15 + 0.85 * down) / q
+                        e = night * 40.0 * cosine * (0.15 + 0.85 * down) / (q + 6.0)
                         cr, cg, cb = cr + e * 1.0, cg + e * 0.80, cb + e * 0.52
             vx, vy, vz = x - headlights[0], y - headlights[1], z - headlights[2]
             q = vx * vx + vy * vy + vz * vz + 1.0
             beam = (vx * headlights[3] + vy * headlights[4] + vz * headlights[5]) / math.sqrt(q)
-            if beam > 0.82:
+            if beam > 0.80:
                 cosine = -(nx * vx + ny * vy + nz * vz) / math.sqrt(q)
-                e = headlights[6] * max(cosine, 0.0) * math.pow((beam - 0.82) / 0.18, 2.0) / q
+                e = headlights[6] * max(cosine + 0.02, 0.0) * math.pow((beam - 0.80) / 0.20, 2.0) / (q + 60.0)
                 cr, cg, cb = cr + e, cg + 0.97 * e, cb + 0.88 * e
         r, g, b = max(r, 0.0) * cr + er, max(g, 0.0) * cg + eg, max(b, 0.0) * cb + eb
         if mirror > 0:
@@ -410,6 +413,28 @@ def towards(out, origin, directions, t, face, sun, spread, up, seed):
         length = math.sqrt(x * x + y * y + z * z)
         rays[p, 0], rays[p, 1], rays[p, 2] = x / length, y / length, z / length
     return rays
+
+
+@compiled
+def smooth(lit, t, face, height, width):
+    """(H W,) light shared by neighbours (5 x 5) at about the same distance."""
+    out = np.empty_like(lit)
+    for y in range(height):
+        for x in range(width):
+            p = y * width + x
+            if face[p] < 0:
+                out[p] = lit[p]
+                continue
+            total, count = np.float32(0), 0
+            near = 0.06 * t[p] + 0.05
+            for j in range(max(y - 2, 0), min(y + 3, height)):
+                for i in range(max(x - 2, 0), min(x + 3, width)):
+                    q = j * width + i
+                    if abs(t[q] - t[p]) < near:
+                        total += lit[q]
+                        count += 1
+            out[p] = total / count
+    return out
 
 
 @compiled
@@ -455,8 +480,8 @@ def develop(colour, height, width, exposure, grain, rain, seed):
                 column = math.floor(x * 0.6 + y * 0.05)
                 h = _hash(column, seed, 3)
                 phase = (y * (0.008 + 0.012 * h) * 400.0 / height + 17.0 * h) % 1.0
-                if h > 0.80 and phase < 0.16:
-                    streak = rain * (0.16 - phase) * 0.9
+                if h > 0.84 and phase < 0.22:
+                    streak = rain * (0.22 - phase) * 0.35
             for c in range(3):
                 v = colour[p, c] * exposure * corner
                 v = v * (2.51 * v + 0.03) / (v * (2.43 * v + 0.59) + 0.14)

@@ -94,8 +94,8 @@ class Tracer:
         u, v = hit["u"].copy(), hit["v"].copy()
         face, actor = face.astype(np.int32), np.full(len(face), -1, np.int32)
         for number, (who, pose) in enumerate(zip(actors, poses)):
-            centre = pose[:3, :3] @ who.model.middle + pose[:3, 3]
-            chosen = loops.near(origins, directions, t, centre, who.model.reach)
+            centre = (pose[:3, :3] @ who.model.middle + pose[:3, 3]).astype(np.float32)
+            chosen = loops.near(origins, directions, t, centre, np.float32(1.01 * who.model.reach))
             if len(chosen):
                 o, d = loops.into(origins, directions, chosen, pose[:3, :3], pose[:3, 3])
                 first, scene = self._shape_scene(who, time)
@@ -110,8 +110,8 @@ class Tracer:
         out = self._scene.run(origins, directions, query="OCCLUDED") != -1
         limit = np.where(out, np.float32(-1), np.float32(FAR))
         for who, pose in zip(actors, poses):
-            centre = pose[:3, :3] @ who.model.middle + pose[:3, 3]
-            chosen = loops.near(origins, directions, limit, centre, who.model.reach)
+            centre = (pose[:3, :3] @ who.model.middle + pose[:3, 3]).astype(np.float32)
+            chosen = loops.near(origins, directions, limit, centre, np.float32(1.01 * who.model.reach))
             if len(chosen):
                 o, d = loops.into(origins, directions, chosen, pose[:3, :3], pose[:3, 3])
                 met = self._shape_scene(who, time)[1].run(o, d, query="OCCLUDED") != -1

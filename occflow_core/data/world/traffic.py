@@ -5,6 +5,7 @@ Everybody follows a path of the sheet by its length s(t). Cars take their speed 
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -56,24 +57,21 @@ class Actor:
     def moves(self) -> bool:
         return self.motion is not None
 
+    @property
+    def feet(self) -> tuple[float, float]:
+        """m: x of the two points that are on the path."""
+        front, rear = self.model.axles
+        return (front, rear) if front - rear > 0.2 else (0.15, -0.15)
+
     def world_from_actor(self, time: float) -> np.ndarray:
         """(4, 4) float64."""
         if self.pose is not None:
             return self.pose
+        front, rear = self.feet
         s = self.motion(time)
-        front, rear = self.model.axles
-        if front - rear < 0.2:
-            front, rear = 0.15, -0.15
-        sheet = self.path.at(np.array([s + front, s + rear]))
-        lift = np.full((2, 1), self.lift)
-        a, b = self.town.bend(np.concatenate([sheet, lift], 1))
-        ahead = sheet[0] - sheet[1]
-        across = self.town.bend((sheet.mean(0) + [-ahead[1], ahead[0]])[None]) - self.town.bend(sheet.mean(0)[None])
-        along = (a - b) / np.linalg.norm(a - b)
-        if self.model.kind == "pedestrian":  # people stand upright on a slope
-            along = along * [1, 1, 0]
-            across[..., 2] = 0
-        return frames((b - rear * along)[None], along[None], across)[0]
+        a, b = self.path.at(np.array([s + front, s + rear]))
+        upright = np.array([self.model.kind == "pedestrian"])
+        return _stand(self.town, a[None], b[None], np.array([self.lift]), np.array([rear]), upright)[0]
 
     def shape(self, time: float) -> int:
         """Which of the model's meshes it shows."""
@@ -93,6 +91,25 @@ class Actor:
         return None
 
 
+def _stand(town: Town, front, rear, lift, back, upright) -> np.ndarray:
+    """(N, 4, 4) of what has two points (N, 2) on the sheet, the rear one `back` (N,) m ahead of its origin; people
+    (`upright`) do not lean with a slope."""
+    ahead = front - rear
+    left = np.stack([-ahead[:, 1], ahead[:, 0]], 1)
+    middle = (front + rear) / 2
+    n = len(front)
+    world = town.bend(
+        np.concatenate([np.c_[np.concatenate([front, rear]), np.tile(lift, 2)], np.c_[middle + left, lift]])
+    )
+    world = np.concatenate([world, (world[:n] + world[n : 2 * n])[None].reshape(-1, 3) / 2])
+    a, b, side, centre = world[:n], world[n : 2 * n], world[2 * n : 3 * n], world[3 * n :]
+    along, across = a - b, side - centre
+    along[upright, 2] = 0
+    across[upright, 2] = 0
+    along /= np.linalg.norm(along, axis=1, keepdims=True)
+    return frames(b - back[:, None] * along, along, across)
+
+
 @dataclass(frozen=True)
 class Traffic:
     """All that follows paths, and the ego car among it."""
@@ -105,11 +122,52 @@ class Traffic:
     def world_from_car(self, time: float) -> np.ndarray:
         """(4, 4) float64: the ego frame of nuScenes (rear axle, on the ground)."""
         s = self.motion(time)
-        sheet = self.ego.at(np.array([s + WHEELBASE, s]))
-        a, b = self.town.bend(sheet)
-        ahead = sheet[0] - sheet[1]
-        across = self.town.bend((sheet[1] + [-ahead[1], ahead[0]])[None]) - self.town.bend(sheet[1][None])
-        return frames(b[None], (a - b)[None], across)[0]
+        a, b = self.ego.at(np.array([s + WHEELBASE, s]))
+        return _stand(self.town, a[None], b[None], np.zeros(1), np.zeros(1), np.zeros(1, bool))[0]
+
+    def poses(self, time: float) -> np.ndarray:
+        """(A, 4, 4) world_from_actor of all actors, at once."""
+        t = self._stacked
+        x = np.clip((time - t["begin"]) / DT, 0, t["steps"] - 1.000001)
+        k = np.floor(x).astype(int)
+        f, row = x - k, np.arange(len(k))
+        s0, s1, v0, v1 = t["s"][row, k], t["s"][row, k + 1], t["v"][row, k] * DT, t["v"][row, k + 1] * DT
+        s = (
+            (2 * f**3 - 3 * f**2 + 1) * s0
+            + (f**3 - 2 * f**2 + f) * v0
+            + (3 * f**2 - 2 * f**3) * s1
+            + (f**3 - f**2) * v1
+        )
+        ends = (s[:, None] + t["feet"]) / Path.SPACING  # (A, 2)
+        n = np.clip(np.floor(ends).astype(int), 0, t["count"][:, None] - 2)
+        part = (ends - n)[..., None]
+        at = t["first"][:, None] + n
+        sheet = t["sheets"][at] * (1 - part) + t["sheets"][at + 1] * part
+        return _stand(self.town, sheet[:, 0], sheet[:, 1], t["lift"], t["feet"][:, 1], t["upright"])
+
+    @cached_property
+    def _stacked(self) -> dict[str, np.ndarray]:
+        paths = [a.path.sheet for a in self.actors]
+        count = np.array([len(p) for p in paths])
+        return {
+            "begin": np.array([a.motion.begin for a in self.actors]),
+            "steps": np.array([len(a.motion.s) for a in self.actors]),
+            "s": _padded([a.motion.s for a in self.actors]),
+            "v": _padded([a.motion.v for a in self.actors]),
+            "feet": np.array([a.feet for a in self.actors]),
+            "lift": np.array([a.lift for a in self.actors]),
+            "upright": np.array([a.model.kind == "pedestrian" for a in self.actors]),
+            "sheets": np.concatenate(paths),
+            "count": count,
+            "first": np.cumsum(count) - count,
+        }
+
+
+def _padded(rows) -> np.ndarray:
+    out = np.zeros((len(rows), max(len(r) for r in rows)))
+    for k, row in enumerate(rows):
+        out[k, : len(row)] = row
+    return out
 
 
 _PAINTS = np.array(
@@ -141,6 +199,7 @@ class _Drivers:
     def __init__(self, town: Town, people):
         self.town, self.people = town, people  # people: time -> (M, 2) on the sheet
         self.paths, self.s, self.v, self.front, self.rear, self.half, self.wish = [], [], [], [], [], [], []
+        self._first = []
 
     def add(self, path, s, v, front, rear, half, wish) -> None:
         for name, value in zip(
@@ -159,23 +218,23 @@ class _Drivers:
         return np.concatenate(places), np.array(radii), np.array(owner)
 
     def step(self, time: float) -> None:
+        from . import traffic_numba
+
+        if len(self._first) != len(self.paths):
+            self._count = np.array([len(p.sheet) for p in self.paths])
+            self._first = np.cumsum(self._count) - self._count
+            self._sheets = np.concatenate([p.sheet for p in self.paths])
         places, radii, owner = self.circles()
         walkers = self.people(time)
         places = np.concatenate([places, walkers])
         radii = np.concatenate([radii, np.full(len(walkers), 0.5)])
         owner = np.concatenate([owner, np.full(len(walkers), -1)])
-        new = []
+        s, v, front, half = (np.array(x, dtype=float) for x in (self.s, self.v, self.front, self.half))
+        gaps = traffic_numba.gaps(
+            self._sheets, self._first, self._count, Path.SPACING, s, front, v, half, places, radii, owner
+        )
         for k, path in enumerate(self.paths):
-            v, nose = self.v[k], self.s[k] + self.front[k]
-            look = np.arange(0.5, 12 + 2.2 * v, 0.75)
-            ahead = path.at(nose + look)
-            near = (np.abs(places - ahead[0]).max(1) < look[-1] + 3) & (owner != k)
-            gap = 99.0
-            if near.any():
-                close = np.linalg.norm(ahead[:, None] - places[near], axis=2) < radii[near] + self.half[k] + 0.15
-                hit = close.any(1)
-                if hit.any():
-                    gap = look[hit.argmax()] - 0.5
+            v, nose, gap = self.v[k], self.s[k] + self.front[k], gaps[k]
             for stop, i, j, approach in path.stops:
                 left = stop - nose
                 if -0.5 < left < 40 and not self.town.green(i, j, approach, time) and v * v / (2 * 3.5) < left + 0.5:
@@ -183,13 +242,12 @@ class _Drivers:
             wish = min(self.wish[k], path.limit[int(np.clip(self.s[k] / path.SPACING, 0, len(path.limit) - 1))])
             space = 2.0 + max(0.0, v * 1.1 + v * v / (2 * np.sqrt(1.8 * 2.2)) * (gap < 60))
             a = 1.8 * (1 - (v / max(wish, 0.3)) ** 4 - (min(space / max(gap, 0.1), 6.0)) ** 2)
-            new.append((max(0.0, v + np.clip(a, -6.0, 1.8) * DT), gap))
-        for k, (v, gap) in enumerate(new):
-            move = (self.v[k] + v) / 2 * DT
+            after = max(0.0, v + min(max(a, -6.0), 1.8) * DT)
+            move = (v + after) / 2 * DT
             if move > max(gap - 0.6, 0.0):  # never into anybody
-                move, v = 0.0, 0.0
+                move, after = 0.0, 0.0
             self.s[k] += move
-            self.v[k] = v
+            self.v[k] = after
 
 
 def simulate(town: Town, rng, duration: float, *, vehicles: int = 46, cyclists: int = 9, walkers: int = 70) -> Traffic:
@@ -266,12 +324,15 @@ def _fleet(town, rng, library, vehicles, cyclists, drivers):
     ]
     odds = np.array([0.17, 0.15, 0.15, 0.08, 0.06, 0.04, 0.07, 0.06, 0.03, 0.06, 0.05, 0.08])
     fleet, size = [], len(town.columns)
+    # near the ego car's way there is more to see: its junctions count three times
+    junctions = [(i, j) for i in range(1, size - 1) for j in range(1, size - 1)]
+    junctions += [(i, j) for _, i, j, _ in drivers.paths[0].stops[:4]] * 3
     for k in range(vehicles + cyclists):
         bicycle = k >= vehicles
         model = library["cyclist" if bicycle else names[rng.choice(len(names), p=odds / odds.sum())]]
         for _ in range(12):
             heading = int(rng.integers(4))
-            i, j = (int(v) for v in rng.integers(1, size - 1, 2))
+            i, j = junctions[rng.integers(len(junctions))]
             road = town.road(heading, i, j)
             if bicycle and not road.bike:
                 continue
@@ -288,7 +349,7 @@ def _fleet(town, rng, library, vehicles, cyclists, drivers):
                 point = model.axles[1] + hitch if model.name == "tractor" else rear - 0.1
                 drop = trailer.axles[0] - point
                 rear = -drop - trailer.size[0] / 2
-            s = float(rng.uniform(-rear, 34.0))
+            s = float(rng.uniform(-rear, 36.0 if rng.random() < 0.6 else 110.0))
             body = path.at(s + np.linspace(rear - 2, front + 2, 12))
             places, radii, _ = drivers.circles()
             free = np.linalg.norm(body[:, None] - places, axis=2) > radii + model.size[1] / 2 + 0.5

@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from . import rig as rigs
 from . import tables
 from .render import WEATHERS
-from .scene import Plan, dump, make
+from .scene import Plan, dump, finish, make
 
 SIZE = (396, 704)  # H, W of the pictures
 _HIDDEN = ".world"  # settings, rows of finished scenes, scenes in the making
@@ -80,9 +79,7 @@ def write_world(
 
 def demo_scene(out: Path | str, *, progress: bool = True) -> Path:
     """A small ready scene: 21 keyframes in 10 s of a clear day, pictures of 352 x 198 at 12 Hz, LiDAR at 20 Hz."""
-    return write_world(
-        out, 1, seed=DEMO_SEED, keyframes=21, size=(198, 352), weather="clear", processes=1, progress=progress
-    )
+    return write_world(out, 1, seed=DEMO_SEED, keyframes=21, size=(198, 352), weather="clear", progress=progress)
 
 
 DEMO_SEED = 3
@@ -107,52 +104,70 @@ def _claim(path: Path, settings: dict, out: Path) -> None:
     beside.rename(path)
 
 
-@dataclass(frozen=True)
-class _Silent:
-    """Stands in for a progress bar that nobody wants."""
-
-    def update(self, _=1) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 def _run(plans: list[Plan], out: Path, processes: int, progress: bool) -> None:
-    bar = _Silent()
-    if progress and plans:
+    """Make scenes; where there are more processes than scenes, several make stretches of one."""
+    if not plans:
+        return
+    shares = max(1, min(processes // len(plans), plans[0].keyframes // 2))
+    bar = None
+    if progress:
         from tqdm import tqdm
 
         bar = tqdm(total=sum(p.keyframes for p in plans), unit="keyframe", desc="world")
+    for plan in plans:
+        shutil.rmtree(_making(plan, out), ignore_errors=True)
     try:
-        if min(processes, len(plans)) <= 1:
+        if min(processes, len(plans) * shares) <= 1:
             for plan in plans:
-                _scene(plan, out, bar.update)
+                _settle(plan, out, [make(plan, _making(plan, out), step=bar.update if bar else lambda: None)])
             return
         import multiprocessing
 
         # spawned, not forked: Embree's threads and torch's do not survive a fork
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(processes, len(plans)), mp_context=context) as pool:
-            jobs = {pool.submit(_scene, plan, out): plan for plan in plans}
-            for job in as_completed(jobs):
-                job.result()
-                bar.update(jobs[job].keyframes)
+        with ProcessPoolExecutor(min(processes, len(plans) * shares), mp_context=context) as pool:
+            jobs = {
+                k: [pool.submit(make, plan, _making(plan, out), (i, shares)) for i in range(shares)]
+                for k, plan in enumerate(plans)
+            }
+            finished = 0
+            try:
+                while jobs:
+                    wait([job for parts in jobs.values() for job in parts], timeout=0.5, return_when=FIRST_EXCEPTION)
+                    for k, parts in list(jobs.items()):
+                        plan = plans[k]
+                        if all(job.done() for job in parts):
+                            _settle(plan, out, [job.result() for job in parts])
+                            finished += plan.keyframes
+                            del jobs[k]
+                        elif any(job.done() and job.exception() for job in parts):
+                            next(job for job in parts if job.done() and job.exception()).result()
+                    if bar:
+                        under_way = sum(
+                            1 for k in jobs for _ in _making(plans[k], out).glob("openocc_v2/*/*/labels.npz")
+                        )
+                        bar.update(finished + under_way - bar.n)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
-        bar.close()
+        if bar:
+            bar.close()
 
 
-def _scene(plan: Plan, out: Path, step=lambda: None) -> None:
-    """Make a scene beside, move its files in place, and only then write down its rows: rows mean finished."""
-    making = out / _HIDDEN / f"{plan.name}.making"
-    shutil.rmtree(making, ignore_errors=True)
-    rows = make(plan, making, step)
+def _making(plan: Plan, out: Path) -> Path:
+    return out / _HIDDEN / f"{plan.name}.making"
+
+
+def _settle(plan: Plan, out: Path, parts) -> None:
+    """Move a scene's files in place, and only then write down its rows: rows mean finished."""
+    making = _making(plan, out)
     for file in sorted(p for p in making.rglob("*") if p.is_file()):
         place = out / file.relative_to(making)
         place.parent.mkdir(parents=True, exist_ok=True)
         file.replace(place)
     shutil.rmtree(making)
-    dump(rows, out / _HIDDEN / f"{plan.name}.json")
+    dump(finish(plan, parts), out / _HIDDEN / f"{plan.name}.json")
 
 
 def _map(out: Path) -> None:
