@@ -42,6 +42,8 @@ setup(
         "safetensors>=0.4",
         "pyquaternion>=0.9.9",
         "numba>=0.58",
+        "embreex>=2.17",
+        "msgspec>=0.18",
         "rosbags>=0.10",
         "tyro>=0.9",
         "tqdm>=4.60",

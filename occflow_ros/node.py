@@ -6,6 +6,7 @@ configure reads the parameters, loads and warms up the model and listens to cali
 images and starts the worker; deactivate and cleanup give back what the two took.
 """
 
+import signal
 import sys
 import threading
 import time
@@ -353,6 +354,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:
+        # a launch system and a terminal may both say stop: the second word must not tear what the first one closes
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         node.close()
         executor.shutdown()
         node.destroy_node()

@@ -24,7 +24,7 @@ from rosbags.rosbag2 import Reader, ReaderError
 from rosgraph_msgs.msg import Clock
 
 NANO = 1_000_000_000
-TICK = 0.005  # s of wall time between two /clock messages
+TICK = 0.01  # s of wall time between two /clock messages; each wakes every node that lives by it
 LEAD = 0.5  # s of wall time in which the clock runs before the first message and after the last
 IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 
@@ -197,14 +197,17 @@ def _type(name: str) -> type | None:
 
 
 def _profile(recorded: list[Qos]) -> QoSProfile:
-    """The recorded QoS; where a recorder noted none, reliable, volatile, keep last 10."""
+    """The recorded QoS; where a recorder noted none, reliable, volatile, keep last 10.
+
+    rosbag2 itself notes history UNKNOWN and depth 0: DDS does not tell a subscriber how deep a publisher keeps.
+    """
     qos = recorded[0] if recorded else None
     if qos is None:
         return QoSProfile(depth=10)
     keep_all = qos.history == QosHistory.KEEP_ALL
     return QoSProfile(
         history=HistoryPolicy.KEEP_ALL if keep_all else HistoryPolicy.KEEP_LAST,
-        depth=max(qos.depth, 1),
+        depth=qos.depth if qos.history == QosHistory.KEEP_LAST and qos.depth > 0 else 10,
         reliability=ReliabilityPolicy.BEST_EFFORT
         if qos.reliability == QosReliability.BEST_EFFORT
         else ReliabilityPolicy.RELIABLE,

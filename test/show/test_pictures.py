@@ -9,7 +9,7 @@ import torch
 
 from occflow_core.data import bag as bags
 from occflow_core.data import pattern
-from occflow_core.geometry import OCC3D_GRID, Grid
+from occflow_core.geometry import Grid
 from occflow_core.show import pictures
 from occflow_core.types import OCC3D, Prediction
 from occflow_core.voxelflow import pack
