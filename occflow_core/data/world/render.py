@@ -57,7 +57,7 @@ def weather(name: str, rng) -> Weather:
             "ambient": a([[0.62, 0.74, 0.95], [0.34, 0.32, 0.29]]),
             "fog": a([0.68, 0.76, 0.88]),
             "haze": rng.uniform(0.0006, 0.0022),
-            "spread": 0.03,
+            "spread": 0.008,
             "lift": 0.0,
             "night": 0.0,
             "wet": 0.0,
