@@ -678,11 +678,15 @@ def _keyframes(files: list[_File], cameras: list[str]) -> list[tuple[int, dict[s
     They are anchored in the LiDAR's sweeps, else in the pictures of the camera that has most; the first is the first
     anchor at which all cameras are there, if there is such a one.
     """
-    pictures = {name: there for name in cameras if (there := [f for f in files if f.channel == name])}
+    there: dict[str, list[_File]] = {name: [] for name in cameras}
+    for file in files:
+        if file.channel in there:
+            there[file.channel].append(file)
+    pictures = {name: ([f.stamp for f in files], files) for name, files in there.items() if files}
     sweeps = [f for f in files if f.channel == LIDAR]
-    anchors = sweeps or max(pictures.values(), key=len)
+    anchors = sweeps or max((files for _, files in pictures.values()), key=len)
     stamps, beat = np.array([f.stamp for f in anchors]), round(KEY_PERIOD * NANO)
-    period = int(np.median([s for there in pictures.values() for s in np.diff([f.stamp for f in there])] or [beat]))
+    period = int(np.median([gap for when, _ in pictures.values() for gap in np.diff(when)] or [beat]))
     own = int(np.median(np.diff(stamps))) if len(stamps) > 1 else beat
     first = next((a for a in anchors if len(_together(pictures, a.stamp, period)) == len(pictures)), anchors[0]).stamp
     keys, used = [], set()
@@ -698,18 +702,17 @@ def _keyframes(files: list[_File], cameras: list[str]) -> list[tuple[int, dict[s
     return keys
 
 
-def _together(pictures: dict[str, list[_File]], stamp: int, period: int) -> dict[str, _File]:
+def _together(pictures: dict[str, tuple[list[int], list[_File]]], stamp: int, period: int) -> dict[str, _File]:
     """One picture a camera around a stamp: those that were taken in the shortest time (cameras fire one after the
     other, and the nearest picture of each need not be of one round); where two rounds are as short, the nearer one."""
     near = {}
-    for name, there in pictures.items():
-        stamps = [f.stamp for f in there]
-        first, last = bisect.bisect_left(stamps, stamp - period * 5 // 4), bisect.bisect_right(stamps, stamp + period)
+    for name, (when, files) in pictures.items():
+        first, last = bisect.bisect_left(when, stamp - period * 5 // 4), bisect.bisect_right(when, stamp + period)
         if first < last:
-            near[name] = there[first:last]
+            near[name] = files[first:last]
     best, least = {}, None
-    for begin in sorted(f.stamp for there in near.values() for f in there):
-        chosen = {name: next((f for f in there if f.stamp >= begin), None) for name, there in near.items()}
+    for begin in sorted(f.stamp for files in near.values() for f in files):
+        chosen = {name: next((f for f in files if f.stamp >= begin), None) for name, files in near.items()}
         if None in chosen.values():
             continue
         newest = max(f.stamp for f in chosen.values())
