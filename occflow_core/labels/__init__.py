@@ -4,7 +4,7 @@
 `coarse` larger voxels · `make` a scene's labels and their files · `agreement` how well they fit a known truth.
 """
 
-from .aggregate import Settings, aggregate
+from .aggregate import Settings
 from .make import Label, finished, label_keyframe, label_scene, write
 from .scene import UNLABELLED, Keyframe, Sweep, Track
 from .voxelise import Rule

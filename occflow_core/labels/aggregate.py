@@ -34,7 +34,7 @@ class Settings:
     """How sweeps are put together; lengths in metres."""
 
     ego: tuple = ((-1.2, -1.15, -0.5), (4.0, 1.15, 2.4))  # low and high corner of the car itself, car frame
-    far: float = 75.0  # longest ray from the LiDAR that is believed
+    far: float = 110.0  # longest ray from the LiDAR that is believed
     grow: float = 0.1  # by which boxes are grown to hold all of their object
     ring: float = 0.3  # up to here outside a box points are of the object if their label says so, else of nobody
     carried: float = 0.5  # s that an object is followed before its first and after its last annotation: to keep it
@@ -45,6 +45,7 @@ class Settings:
     cell: float = 0.2  # of the map of the ground
     gap: float = 1.6  # widest hole in the ground that is filled
     slope: float = 0.15  # steepest ground across a hole
+    guess: float = 10.0  # how far from known ground its height is guessed, to doubt free space there
     without_labels: tuple[str, str] = ("driveable_surface", "manmade")  # ground and the rest, where no sweep of a
     # scene has labels
 
@@ -72,6 +73,10 @@ class Cloud:
     classes: np.ndarray  # (P,) uint8, OCC3D
     when: np.ndarray  # (P,) int32: ALWAYS, or the only sweep at whose instant the point is there
     objects: tuple[Placed, ...]
+    floor_low: np.ndarray  # (2,) float64, local: corner of
+    floor: np.ndarray  # (X, Y) float64, local: the ground's height in squares of `floor_cell`, also where it was only
+    # guessed from what lies around; NaN far from any ground
+    floor_cell: float
 
 
 def aggregate(sweeps: Iterable[Sweep], tracks: Sequence[Track], settings: Settings = Settings()) -> Cloud:  # noqa: B008
@@ -115,9 +120,9 @@ def aggregate(sweeps: Iterable[Sweep], tracks: Sequence[Track], settings: Settin
     # what labels do not tell: ground below objects is ground, the rest of a box is the object
     loose = np.flatnonzero(~known)
     in_box = box[loose] >= 0
-    floor = _look_up(height, map_low, settings.cell, ends[loose])
+    floor = look_up(height, map_low, settings.cell, ends[loose])
     wide_low, wide, _ = ground_map(ends[stays], label[stays], 8 * settings.cell)
-    floor = np.where(np.isnan(floor), _look_up(wide, wide_low, 8 * settings.cell, ends[loose]), floor)
+    floor = np.where(np.isnan(floor), look_up(wide, wide_low, 8 * settings.cell, ends[loose]), floor)
     with np.errstate(invalid="ignore"):  # no ground known there: the object's
         under = in_box & (ends[loose, 2] - floor < settings.foot)
     of_object[loose[in_box & (depth[loose] <= settings.grow) & ~under]] = True
@@ -151,6 +156,9 @@ def aggregate(sweeps: Iterable[Sweep], tracks: Sequence[Track], settings: Settin
         classes=np.concatenate([label[stays], extra_kind]),
         when=np.append(np.where(only, sweep, ALWAYS)[stays], np.full(len(extra), ALWAYS)).astype(np.int32),
         objects=tuple(objects),
+        floor_low=map_low,
+        floor=surroundings(height, int(settings.guess / settings.cell)),
+        floor_cell=settings.cell,
     )
 
 
@@ -345,7 +353,32 @@ def _fill(height, kind, reach, slope, out, out_kind) -> None:
                 out_kind[x, y] = one[2] if one[0] <= two[0] else two[2]
 
 
-def _look_up(height, low, cell, points) -> np.ndarray:
+def surroundings(height: np.ndarray, reach: int) -> np.ndarray:
+    """A map (X, Y) whose holes, up to `reach` cells from what is known, take the mean of what lies around: of the 4
+    finer cells' known ones, level by level until known, then back down smoothly."""
+    if reach < 1 or np.isnan(height).all():
+        return height
+    x, y = height.shape
+    wide = np.pad(height, ((0, x % 2), (0, y % 2)), constant_values=np.nan)
+    known = ~np.isnan(wide)
+    parts = wide.reshape(wide.shape[0] // 2, 2, wide.shape[1] // 2, 2)
+    number = (~np.isnan(parts)).sum((1, 3))
+    coarse = np.where(number > 0, np.nansum(parts, (1, 3)) / np.maximum(number, 1), np.nan)
+    coarse = surroundings(coarse, reach // 2)
+    # from the coarser map: bilinear where it can be, else its own cell
+    u = [(np.arange(n) + 0.5) / 2 - 0.5 for n in wide.shape]
+    i = [np.clip(np.floor(v).astype(int), 0, n - 1) for v, n in zip(u, coarse.shape)]
+    j = [np.clip(a + 1, 0, n - 1) for a, n in zip(i, coarse.shape)]
+    f, g = (np.clip(v - a, 0, 1) for v, a in zip(u, i))
+    corners = [coarse[np.ix_(a, b)] for a in (i[0], j[0]) for b in (i[1], j[1])]
+    weights = [np.outer(a, b) for a in (1 - f, f) for b in (1 - g, g)]
+    sure = [np.where(np.isnan(c), 0, w) for c, w in zip(corners, weights)]
+    total = sum(sure)
+    mean = sum(np.nan_to_num(c) * w for c, w in zip(corners, sure)) / np.maximum(total, 1e-9)
+    return np.where(known, wide, np.where(total > 1e-6, mean, np.nan))[:x, :y]
+
+
+def look_up(height, low, cell, points) -> np.ndarray:
     """The ground's height at points (P, 3), NaN where nobody knows it."""
     place = np.floor((points[:, :2] - low) / cell).astype(np.int64)
     there = ((place >= 0) & (place < height.shape)).all(1)

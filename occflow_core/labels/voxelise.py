@@ -4,7 +4,10 @@ The rule, voxel by voxel:
 
 - **occupied** if points fall into it (but not if all it got are stray points of a neighbour's surface: `least_share`);
 - else **free** if beams passed through it on their way to what they hit: through `free_parts` of its 2 x 2 x 2 parts,
-  because beams also graze the upper half of voxels that hold ground;
+  or through `free_beside` of them where it touches an occupied voxel; and if the ground, or what it would be between
+  the ground around, does not go through it. For beams graze voxels that hold a surface without hitting it: counting
+  every crossed voxel as free (Occ3D) made 43 % of what stands inside mask_lidar free in a synthetic scene whose car
+  waits at a crossing;
 - else **unknown**: neither mask has it, and files, which know no third state, say free.
 
 The class is a vote of area, not of points: each class counts in how many of the voxel's 4 x 4 x 4 parts it has a point,
@@ -22,7 +25,7 @@ import torch
 from ..geometry import Grid
 from ..ops import observed
 from ..types import OCC3D
-from .aggregate import ALWAYS, IS_GROUND, IS_THING, Cloud, Placed, _numba
+from .aggregate import ALWAYS, IS_GROUND, IS_THING, Cloud, Placed, _numba, look_up
 from .scene import Keyframe
 
 _FAR = 120.0  # m from the car, beyond which a sweep cannot say much about the grid
@@ -33,8 +36,10 @@ class Rule:
     """How voxels get their state and class."""
 
     thing_weight: float = 1.0  # votes of objects, ground and the rest having 1
-    least_share: float = 0.04  # of the points of its fullest face neighbour, below which a voxel's points are strays
+    least_share: float = 0.01  # of the points of its fullest face neighbour, below which a voxel's points are strays
     free_parts: int = 1  # of 8 that beams must have crossed
+    free_beside: int = 7  # the same for a voxel that touches a filled one
+    ground_margin: float = 0.1  # m above and below a voxel, in which the ground keeps it from being free
     beside: float = 0.05  # s between a keyframe and the sweep that is its own
 
 
@@ -102,7 +107,9 @@ def voxelise(cloud: Cloud, keyframe: Keyframe, grid: Grid, rule: Rule = Rule()) 
     for _, thing, voxels_from_box in present:
         carve(thing.starts, thing.stops, halves @ voxels_from_box, free)
     nx, ny, nz = shape
-    crossed = free.reshape(nx, 2, ny, 2, nz, 2).sum((1, 3, 5)) >= rule.free_parts
+    parts = free.reshape(nx, 2, ny, 2, nz, 2).sum((1, 3, 5))
+    crossed = parts >= np.where(_beside(filled), rule.free_beside, rule.free_parts)
+    crossed &= ~_doubtful(cloud, np.linalg.inv(car_from_local), grid, rule.ground_margin)
     mask_lidar = filled | crossed
     mask_camera = np.zeros(shape, bool)
     if keyframe.cameras is not None:
@@ -184,6 +191,24 @@ def _car_from_local(cloud: Cloud, keyframe: Keyframe) -> np.ndarray:
     car_from_local[:3, :3] = world_from_car[:3, :3].T
     car_from_local[:3, 3] = world_from_car[:3, :3].T @ (cloud.origin - world_from_car[:3, 3])
     return car_from_local
+
+
+def _beside(filled: np.ndarray) -> np.ndarray:
+    """Does a voxel touch a filled one, at least at a corner? (X, Y, Z) bool."""
+    for axis in range(3):
+        wide = np.pad(filled, [(int(a == axis), int(a == axis)) for a in range(3)])
+        n = filled.shape[axis]
+        filled = np.logical_or.reduce([np.take(wide, range(i, i + n), axis) for i in range(3)])
+    return filled
+
+
+def _doubtful(cloud: Cloud, local_from_car: np.ndarray, grid: Grid, margin: float) -> np.ndarray:
+    """Voxels (X, Y, Z) that the ground goes through, as far as anybody can guess."""
+    centres = grid.centres(torch.float64).numpy().reshape(-1, 3)
+    places = centres @ local_from_car[:3, :3].T + local_from_car[:3, 3]
+    height = look_up(cloud.floor, cloud.floor_low, cloud.floor_cell, places)
+    with np.errstate(invalid="ignore"):  # unknown: no doubt
+        return (np.abs(places[:, 2] - height) <= grid.voxel[2] / 2 + margin).reshape(grid.shape)
 
 
 def _owners(present, shape) -> np.ndarray:

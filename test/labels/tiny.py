@@ -201,11 +201,11 @@ def street() -> World:
     """A car that stands, one that overtakes and brakes, one that turns, a walker, a cone, walls."""
     return World(
         (
-            Thing("car", (4.4, 1.8, 1.5), (14.0, 3.6, 0.95)),
-            Thing("car", (4.6, 1.9, 1.5), (-12.0, -3.4, 0.95), speed=9.0, gains=-0.8),
-            Thing("truck", (7.0, 2.5, 3.0), (30.0, 8.0, 1.7), yaw=-1.2, speed=3.0, turns=0.25),
-            Thing("pedestrian", (0.6, 0.6, 1.7), (16.0, -7.0, 0.87), yaw=1.2, speed=1.3),
-            Thing("traffic_cone", (0.4, 0.4, 0.7), (9.0, -4.2, 0.37)),
+            Thing("car", (4.4, 1.8, 1.5), (14.0, 3.6, 1.01)),
+            Thing("car", (4.6, 1.9, 1.5), (-12.0, -3.4, 1.01), speed=9.0, gains=-0.8),
+            Thing("truck", (7.0, 2.5, 3.0), (30.0, 8.0, 1.76), yaw=-1.2, speed=3.0, turns=0.25),
+            Thing("pedestrian", (0.6, 0.6, 1.7), (16.0, -7.0, 1.11), yaw=1.2, speed=1.3),
+            Thing("traffic_cone", (0.4, 0.4, 0.7), (9.0, -4.2, 0.61)),
             Thing("manmade", (40.0, 4.0, 6.0), (15.0, 18.0, 3.0), annotated=False),
             Thing("manmade", (30.0, 3.0, 5.0), (18.0, -15.3, 2.5), annotated=False),
             Thing("vegetation", (1.0, 1.0, 4.0), (24.0, -8.0, 2.0), annotated=False),
