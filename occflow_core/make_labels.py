@@ -138,22 +138,19 @@ def compare(
     scenes: Sequence[str] | None = None,
     progress: bool = True,
 ) -> list[agreement.Agreement]:
-    """Labels below `labels` against those below `dataroot`, taken as the truth: inside the truth's mask_lidar, inside
-    both mask_lidars, inside the truth's mask_camera. `agreement.table` prints them."""
+    """Labels below `labels` against those below `dataroot`, taken as the truth: inside the truth's two masks, then
+    inside our own, which is where somebody who trains on ours will look. `agreement.table` prints them."""
     dataset = NuScenes(dataroot, version, progress=progress)
-    tallies = [agreement.Agreement(name) for name in ("mask_lidar", "mask_lidar of both", "mask_camera")]
+    tallies = [agreement.Agreement(name) for name in ("mask_lidar", "mask_camera", "our mask_lidar", "our mask_camera")]
     names = dataset.scenes if scenes is None else scenes
     pairs = [(name, token) for name in names for token in dataset.samples(name)]
     with _bar(len(pairs), progress) as bar:
         for name, token in pairs:
             true, true_open = (_arrays(path) for path in make.paths(dataroot, name, token))
             ours, ours_open = (_arrays(path) for path in make.paths(labels, name, token))
-            lidar, camera, own = (
-                mask.astype(bool) for mask in (true["mask_lidar"], true["mask_camera"], ours["mask_lidar"])
-            )
-            flows = true_open["flow"], ours_open["flow"]
-            for tally, where in zip(tallies, (lidar, lidar & own, camera)):
-                tally.add(true["semantics"], ours["semantics"], where, *flows)
+            masks = [arrays[mask].astype(bool) for arrays in (true, ours) for mask in ("mask_lidar", "mask_camera")]
+            for tally, where in zip(tallies, masks):
+                tally.add(true["semantics"], ours["semantics"], where, true_open["flow"], ours_open["flow"])
             bar.update()
     return tallies
 
