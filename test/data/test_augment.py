@@ -71,6 +71,14 @@ def test_a_point_falls_where_the_changed_picture_shows_it(scene, view):
     agree(seen, points)
 
 
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_picture_turned_by_a_quarter_moves_every_pixel_to_its_place(quarters):
+    """To the very edges: a picture spans [0, width], not the middles of its outer pixels."""
+    images = torch.rand((2, 3, 40, 40)) * 255
+    turned = augment.View((40, 40), 0, 0, 40, 40, turn=90.0 * quarters).of(images)
+    assert torch.allclose(turned, torch.rot90(images, quarters, (-2, -1)), atol=0.05)
+
+
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_points_stay_true_through_any_published_draw(scene, seed):
@@ -227,6 +235,7 @@ def test_a_place_of_the_clip_before_is_followed_by_the_matrix_of_that_clip(lane)
 
 def test_voxels_that_come_from_outside_are_free_and_not_seen(lane):
     clip, truth = lane
+    truth = replace(truth, seen=torch.ones_like(truth.seen))
     _, moved = augment.moved(clip, truth, augment.turn(45))
     corner = moved.labels[0, 0], moved.seen[0, 0], moved.flow[0, 0]
     assert (corner[0] == OPENOCC.free).all() and not corner[1].any() and torch.isnan(corner[2]).all()
@@ -279,3 +288,10 @@ def test_the_same_generator_gives_the_same_colours_and_each_step_does_something(
         moved = augment.photometric(images, np.random.default_rng(1), **{**none, name: strength})
         changed = (moved - still).abs().amax((1, 2, 3)) > 0.5
         assert 4 < changed.sum() < 20, f"{name} happens every other time"
+
+
+def test_contrast_is_changed_every_other_time_be_it_before_or_after_the_colours():
+    images = torch.full((400, 3, 2, 2), 50, dtype=torch.uint8)
+    none = {"brightness": 0.0, "saturation": (1.0, 1.0), "hue": 0.0}
+    doubled = augment.photometric(images, np.random.default_rng(0), contrast=(2.0, 2.0), **none)[:, 0, 0, 0]
+    assert set(doubled.round().tolist()) == {50.0, 100.0} and 160 < (doubled > 75).sum() < 240
