@@ -12,8 +12,8 @@ from .tracer import Hits, Tracer
 from .traffic import Actor
 
 WEATHERS = ("clear", "overcast", "dusk", "night", "rain", "fog")
-_ROUGH = 0.055  # difference of neighbours (square root of light) from which a pixel gets more rays
-_MORE = ((-0.30, -0.10), (0.10, -0.32), (0.28, 0.22), (-0.12, 0.34))  # where in the pixel, of its middle
+_ROUGH = 0.065  # difference of neighbours (square root of light) from which a pixel gets more rays
+_MORE = ((-0.28, -0.16), (0.30, -0.12), (0.0, 0.32))  # where in the pixel, of its middle
 _SHADOW, _SHADED = 8.0, 80.0  # m: how far a shadow is looked for beside its caster, and how far from the eye
 _SOFT = 0.2  # spread of shadow rays from which they are smoothed
 _CELL = 16.0  # m, of the map of lamps

@@ -80,12 +80,13 @@ class World:
         picture, hits = self.painter.picture(matrix, world_from_camera, size, actors, poses, time, car, number)
         return picture, hits, who
 
-    def sweep(self, time: float) -> tuple[lidar.Sweep, np.ndarray, list[int]]:
-        """A LiDAR sweep, world_from_lidar (4, 4), and who `Sweep.actor` numbers."""
+    def sweep(self, time: float) -> truth.Shot:
+        """A LiDAR sweep."""
         who, actors, poses = self.present(time)
         pose = self.traffic.world_from_car(time) @ self.plan.rig.car_from_lidar
         rng = np.random.default_rng([self.plan.seed, self.plan.number, 2, round(time * 1000) + 1000])
-        return lidar.sweep(self.tracer, actors, poses, time, pose, self.light.wet, rng), pose, who
+        sweep = lidar.sweep(self.tracer, actors, poses, time, pose, self.light.wet, rng)
+        return truth.Shot(time, sweep, pose, who, poses)
 
     def cameras(self, time: float) -> Cameras:
         """The rig in the car frame of a keyframe at `time`, each camera at its own stamp."""
@@ -212,10 +213,7 @@ class _Writer:
     def __init__(self, world: World, out: Path):
         self.world, self.plan, self.out = world, world.plan, out
         self.part = Part({name: [] for name in (*self.plan.rig.names, "LIDAR_TOP")}, [], [], {})
-        self.sweeps = []  # of all keyframes: time, sweep, world_from_lidar, actors, their numbers
-        for k in range(self.plan.keyframes):
-            sweep, pose, who = world.sweep(k / KEYFRAMES)
-            self.sweeps.append((k / KEYFRAMES, sweep, pose, [world.traffic.actors[n] for n in who], who))
+        self.sweeps = [world.sweep(k / KEYFRAMES) for k in range(self.plan.keyframes)]
 
     def keyframe(self, k: int) -> None:
         time = k / KEYFRAMES
@@ -275,10 +273,11 @@ class _Writer:
         for j in range(1, per) if self.plan.sweeps and k > 0 else ():
             then = time - (per - j) / LIDAR
             row = self._data("LIDAR_TOP", k, then, False, "pcd.bin", (0, 0))
-            self.world.sweep(then)[0].points.tofile(self._file(row))
+            self.world.sweep(then).sweep.points.tofile(self._file(row))
             rows.append(row)
         row = self._data("LIDAR_TOP", k, time, True, "pcd.bin", (0, 0))
-        _, sweep, _, actors, _ = self.sweeps[k]
+        sweep = self.sweeps[k].sweep
+        actors = [self.world.traffic.actors[n] for n in self.sweeps[k].who]
         sweep.points.tofile(self._file(row))
         rows.append(row)
         tracer, things = self.world.tracer, self.world.scenery.things
@@ -298,9 +297,9 @@ class _Writer:
     def _labels(self, k: int, time: float) -> None:
         world = self.world
         car = world.traffic.world_from_car(time)
-        semantics, flow = truth.occupancy(world.tracer, world.traffic.actors, time, car)
-        sweeps = [entry[:4] for entry in self.sweeps]
-        mask_lidar, mask_camera = truth.masks(semantics, sweeps, time, car, world.cameras(time))
+        semantics, flow = truth.occupancy(world.tracer, world.traffic, time, car)
+        poses = world.traffic.poses(time)
+        mask_lidar, mask_camera = truth.masks(semantics, self.sweeps, time, poses, car, world.cameras(time))
         labels = truth.Labels(semantics, flow, mask_lidar, mask_camera)
         place = f"{self.plan.name}/{_token(self.plan, 'sample', k)}/labels.npz"
         masks = {"mask_lidar": mask_lidar, "mask_camera": mask_camera}
@@ -311,19 +310,21 @@ class _Writer:
         """Annotations of what stands near at a keyframe, and whether a ray or a picture met it."""
         world = self.world
         car = world.traffic.world_from_car(time)
-        _, sweep, _, _, who = self.sweeps[k]
+        sweep, who = self.sweeps[k].sweep, self.sweeps[k].who
         points: dict = {}
         static = world.tracer.instance[sweep.face[sweep.actor < 0]]
         for number, count in zip(*np.unique(static[static >= 0], return_counts=True)):
             points["thing", int(number)] = int(count)
         for number, count in zip(*np.unique(sweep.actor[sweep.actor >= 0], return_counts=True)):
             points["actor", who[number]] = int(count)
+        then = [(world.traffic.poses(t), world.traffic.world_from_car(t)) for _, _, t in shown]
+        poses = world.traffic.poses(time)
         drafts = {}
         for key, actor in self._everything():
-            pose = actor.world_from_actor(time)
+            pose = poses[key[1]] if key[0] == "actor" else actor.pose
             if np.linalg.norm(pose[:2, 3] - car[:2, 3]) > _ANNOTATED:
                 continue
-            count, part = points.get(key, 0), self._visible(key, actor, shown)
+            count, part = points.get(key, 0), self._visible(key, actor, shown, then)
             rotation, _ = rigid.to_quaternion(torch.from_numpy(pose))
             attribute = actor.attribute(time)
             length, width, height = actor.model.size
@@ -344,13 +345,13 @@ class _Writer:
         yield from ((("thing", k), a) for k, a in enumerate(self.world.scenery.things))
         yield from ((("actor", k), a) for k, a in enumerate(self.world.traffic.actors))
 
-    def _visible(self, key, actor: Actor, shown) -> float:
+    def _visible(self, key, actor: Actor, shown, around) -> float:
         """Part of the points on a thing's near sides that the keyframe's pictures show."""
         rig, world = self.plan.rig, self.world
         total = seen = 0
         for camera, (hits, who, then) in enumerate(shown):
-            pose = actor.world_from_actor(then)
-            car = world.traffic.world_from_car(then)
+            poses, car = around[camera]
+            pose = poses[key[1]] if key[0] == "actor" else actor.pose
             camera_from_thing = np.linalg.inv(car @ rig.cameras.car_from_camera[camera].numpy()) @ pose
             middle = camera_from_thing[:3, :3] @ actor.model.middle + camera_from_thing[:3, 3]
             if middle[2] < -actor.model.reach:

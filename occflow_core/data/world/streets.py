@@ -42,7 +42,7 @@ class Bend:
     def __call__(self, sheet: np.ndarray) -> np.ndarray:
         """Points (..., 2) or (..., 3) of the sheet (the third: m above its ground) -> (..., 3) in the world."""
         u, v = sheet[..., 0, None], sheet[..., 1, None]
-        amplitude, ku, kv, phase = np.moveaxis(self.waves, -1, 0)  # (3, 2) each
+        amplitude, ku, kv, phase = (self.waves[..., k] for k in range(4))  # (3, 2) each
         out = (amplitude * np.sin(ku * u[..., None] + kv * v[..., None] + phase)).sum(-1)
         out[..., :2] += sheet[..., :2]
         if sheet.shape[-1] == 3:

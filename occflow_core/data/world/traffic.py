@@ -209,21 +209,25 @@ class _Drivers:
 
     def circles(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Round stand-ins for all bodies: places (M, 2), radii (M,), whose they are (M,)."""
-        places, radii, owner = [], [], []
-        for k, path in enumerate(self.paths):
-            n = max(2, int(np.ceil((self.front[k] - self.rear[k]) / 2.0)) + 1)
-            places.append(path.at(self.s[k] + np.linspace(self.rear[k], self.front[k], n)))
-            radii += [self.half[k]] * n
-            owner += [k] * n
-        return np.concatenate(places), np.array(radii), np.array(owner)
-
-    def step(self, time: float) -> None:
         from . import traffic_numba
 
         if len(self._first) != len(self.paths):
             self._count = np.array([len(p.sheet) for p in self.paths])
             self._first = np.cumsum(self._count) - self._count
             self._sheets = np.concatenate([p.sheet for p in self.paths])
+            rows = [
+                np.linspace(rear, front, max(2, int(np.ceil((front - rear) / 2.0)) + 1))
+                for front, rear in zip(self.front, self.rear)
+            ]
+            self._offset = np.concatenate(rows)
+            self._owner = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        s = np.array(self.s, dtype=float)
+        places = traffic_numba.along(self._sheets, self._first, self._count, Path.SPACING, s, self._owner, self._offset)
+        return places, np.array(self.half)[self._owner], self._owner
+
+    def step(self, time: float) -> None:
+        from . import traffic_numba
+
         places, radii, owner = self.circles()
         walkers = self.people(time)
         places = np.concatenate([places, walkers])

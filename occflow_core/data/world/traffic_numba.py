@@ -36,6 +36,16 @@ def gaps(sheets, first, count, spacing, s, front, v, half, places, radii, owner)
 
 
 @compiled
+def along(sheets, first, count, spacing, s, owner, offset):
+    """(M, 2): points `offset` (M,) m ahead of the drivers `owner` (M,) on their paths."""
+    out = np.empty((len(owner), 2))
+    for m in range(len(owner)):
+        k = owner[m]
+        out[m, 0], out[m, 1] = _at(sheets, first[k], count[k], spacing, s[k] + offset[m])
+    return out
+
+
+@compiled
 def _at(sheets, first, count, spacing, s):
     k = min(max(int(math.floor(s / spacing)), 0), count - 2)
     part = s / spacing - k

@@ -21,7 +21,7 @@ from ...types import OCC3D, OPENOCC
 from . import truth_numba as loops
 from .lidar import Sweep
 from .tracer import Tracer
-from .traffic import Actor
+from .traffic import Traffic
 
 SPACING = 0.05  # m between samples of a surface
 _WINDOW = 5.0  # s before and after, in which sweeps count for mask_lidar
@@ -47,8 +47,19 @@ class Labels:
         return table[self.semantics]
 
 
+@dataclass(frozen=True)
+class Shot:
+    """A sweep with what stood around it."""
+
+    time: float  # s
+    sweep: Sweep
+    world_from_lidar: np.ndarray  # (4, 4)
+    who: list[int]  # numbers among all actors of those that `Sweep.actor` counts
+    poses: np.ndarray  # (M, 4, 4) of those
+
+
 def occupancy(
-    tracer: Tracer, actors: Sequence[Actor], time: float, world_from_car: np.ndarray, grid: Grid = OCC3D_GRID
+    tracer: Tracer, traffic: Traffic, time: float, world_from_car: np.ndarray, grid: Grid = OCC3D_GRID
 ) -> tuple[np.ndarray, np.ndarray]:
     """Semantics (X, Y, Z) uint8 and flow (X, Y, Z, 2) float32 of the world at a time in s."""
     car_from_world = rigid.inverse(torch.from_numpy(world_from_car)).numpy()
@@ -60,14 +71,13 @@ def occupancy(
     n = len(static.faces)
     loops.stamp(places, static.faces, tracer.classes[:n], low, voxel, SPACING, area)
     shown = []
-    for actor in actors:
-        pose = car_from_world @ actor.world_from_actor(time)
+    before, now, after = (car_from_world @ traffic.poses(time + h) for h in (-_H, 0.0, _H))
+    changes = (after - before)[:, :2] / (2 * _H)
+    for actor, pose, change in zip(traffic.actors, now, changes):
         if np.linalg.norm(pose[:3, 3]) > reach + actor.model.reach:
             continue
         first, mesh = tracer.shape(actor, time)
         vertices = mesh.vertices @ pose[:3, :3].T + pose[:3, 3]
-        before, after = (car_from_world @ actor.world_from_actor(time + h) for h in (-_H, _H))
-        change = (after - before)[:2] / (2 * _H)
         speeds = mesh.vertices @ change[:, :3].T + change[:, 3]
         classes = tracer.classes[first : first + len(mesh.faces)]
         loops.stamp(vertices, mesh.faces, classes, low, voxel, SPACING, area)
@@ -87,31 +97,32 @@ def occupancy(
 
 def masks(
     semantics: np.ndarray,
-    sweeps: Sequence[tuple[float, Sweep, np.ndarray, Sequence[Actor]]],
+    sweeps: Sequence[Shot],
     time: float,
+    poses: np.ndarray,
     world_from_car: np.ndarray,
     cameras: Cameras,
     grid: Grid = OCC3D_GRID,
 ) -> tuple[np.ndarray, np.ndarray]:
     """mask_lidar and mask_camera (X, Y, Z) uint8.
 
-    sweeps: (time s, sweep, world_from_lidar (4, 4), the actors its points number) of keyframes; cameras (N) in the car
+    sweeps: those of keyframes; poses (A, 4, 4): world_from_actor of all actors at `time` s; cameras (N) in the car
     frame of `time`, each at its own stamp.
     """
     car_from_world = rigid.inverse(torch.from_numpy(world_from_car)).numpy()
     low, voxel = np.array(grid.low), np.array(grid.voxel)
     empty = semantics == OCC3D.free
     seen = np.zeros(grid.shape, bool)
-    for then, sweep, world_from_lidar, actors in sweeps:
-        if abs(then - time) > _WINDOW + 1e-6:
+    for shot in sweeps:
+        sweep, world_from_lidar = shot.sweep, shot.world_from_lidar
+        if abs(shot.time - time) > _WINDOW + 1e-6:
             continue
         car_from_lidar = car_from_world @ world_from_lidar
         points = sweep.points[:, :3] @ car_from_lidar[:3, :3].T + car_from_lidar[:3, 3]
         loops.observe(car_from_lidar[:3, 3].copy(), points, empty, seen, low, voxel)
         for number in np.unique(sweep.actor[sweep.actor >= 0]):
             mine = sweep.actor == number
-            who = actors[number]
-            now_from_then = car_from_world @ who.world_from_actor(time) @ np.linalg.inv(who.world_from_actor(then))
+            now_from_then = car_from_world @ poses[shot.who[number]] @ np.linalg.inv(shot.poses[number])
             world = sweep.points[mine, :3] @ world_from_lidar[:3, :3].T + world_from_lidar[:3, 3]
             moved = world @ now_from_then[:3, :3].T + now_from_then[:3, 3]
             index, inside = grid.index(torch.from_numpy(moved))
