@@ -223,9 +223,9 @@ def _picture(path: Path, rgb) -> None:
 
 
 def _points(path: Path, step: int) -> None:
-    """Three points in the LiDAR's frame: intensity = the step, ring 0, 1, 2."""
+    """Three points in the LiDAR's frame: intensity = the step, ring 0, 1, 300."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    points = [[5.0, 0.0, -1.0, step, 0.0], [0.0, 7.0, 0.5, step, 1.0], [-3.0, 2.0, 1.0, step, 2.0]]
+    points = [[5.0, 0.0, -1.0, step, 0.0], [0.0, 7.0, 0.5, step, 1.0], [-3.0, 2.0, 1.0, step, 300.0]]
     np.array(points, np.float32).tofile(path)
 
 

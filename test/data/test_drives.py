@@ -158,12 +158,26 @@ def test_a_scene_through_a_bag_is_the_scene(root, world, bag, tmp_path):
         assert torch.allclose(a.cameras.car_from_camera, b.cameras.car_from_camera, atol=1e-9)
         assert torch.allclose(a.points, b.points, atol=1e-5)
     for row in back.sweeps(SCENE, "LIDAR_TOP"):
-        assert back.points(row)[:, 4].tolist() == [0, 1, 2], "rings"
+        assert back.points(row)[:, 4].tolist() == [0, 1, 300], "rings"
     assert back.boxes(back.samples(SCENE)[0]) == () and back.split("all") == (SCENE,)
     tables = {path.stem for path in (tmp_path / "back" / "v1.0-mini").iterdir()}
     assert {"map", "log", "category", "attribute", "visibility", "instance", "sample_annotation"} <= tables
     (row,) = json.loads((tmp_path / "back" / "v1.0-mini" / "map.json").read_text())
     assert (tmp_path / "back" / row["filename"]).exists() and row["log_tokens"], "the devkit asks for both"
+
+
+def test_a_silence_leaves_out_the_keyframes_in_it_and_keeps_the_beat(bag, tmp_path):
+    """Nothing from 0.6 to 1.29 s: no keyframe near 1.0 s, and none at 1.3 s either."""
+    begin = layout.BEGIN * 1000
+
+    def silent(_, topic, stamp, message):
+        lost = begin + 600_000_000 <= stamp < begin + 1_290_000_000
+        return None if lost and not topic.startswith("/tf") else message
+
+    out = rebagged(bag, tmp_path / "bag", silent)
+    drives.bag_to_dataset(out, tmp_path / "data", scene=SCENE, progress=False)
+    stamps = [moment.stamp - begin for moment in NuScenes(tmp_path / "data", progress=False).keyframes(SCENE)]
+    assert stamps == [0, 500_000_000, 1_500_000_000, 2_000_000_000]
 
 
 # ---- a car without LiDAR
