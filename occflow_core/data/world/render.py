@@ -147,6 +147,15 @@ class Painter:
         self.lamps = scenery.lamps.astype(np.float64)
         self.facades = np.concatenate([scenery.facades, np.zeros((1, 8), np.float32)])
         self.corner, self.cells = _cells(self.lamps)
+        self._fans: dict = {}  # a rig's cameras stay the same
+
+    def _fan(self, matrix: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rays (H W, 3) through the middles of a camera's pixels, and their columns and rows (H W,)."""
+        key = (matrix.tobytes(), size)
+        if key not in self._fans:
+            v, u = np.divmod(np.arange(size[0] * size[1]), size[1])
+            self._fans[key] = _rays(matrix, u + 0.5, v + 0.5), u, v
+        return self._fans[key]
 
     def picture(
         self,
@@ -168,16 +177,17 @@ class Painter:
         light = self.light
         eye = world_from_camera[:3, 3].astype(np.float32)
         # who cannot be in the picture is not looked for, nor is a shadow that cannot fall into it
-        seen = _within(matrix, world_from_camera, size, actors, poses, 0.5)
+        seen = within(matrix, world_from_camera, size, actors, poses, 0.5)
         shadow = light.sunlight.max() > 0.05
-        casts = _within(matrix, world_from_camera, size, actors, poses, _SHADOW) if shadow else []
+        casts = within(matrix, world_from_camera, size, actors, poses, _SHADOW) if shadow else []
         casts = [k for k in casts if np.linalg.norm(poses[k][:3, 3] - eye) < _SHADED]
         casters, caster_poses = [actors[k] for k in casts], poses[casts]
         who = np.array(seen, np.int32)
         seen, seen_poses = [actors[k] for k in seen], poses[seen]
         table = _Table(self, seen, seen_poses, time, world_from_car)
-        v, u = np.divmod(np.arange(height * width), width)
-        directions = _rays(matrix, world_from_camera, u + 0.5, v + 0.5)
+        rays, u, v = self._fan(matrix, size)
+        turn = world_from_camera[:3, :3].astype(np.float32)
+        directions = rays @ turn.T
         origins = np.broadcast_to(eye, directions.shape).copy()
         pixel = 1.0 / matrix[0, 0]
         hits = self.tracer.cast(origins, directions, seen, seen_poses, time)
@@ -192,7 +202,7 @@ class Painter:
             bright = 4.0 / light.exposure  # one glint must not outshine the pixel
             np.minimum(total, bright, out=total)
             for du, dv in _MORE:
-                more = _rays(matrix, world_from_camera, u[chosen] + 0.5 + du, v[chosen] + 0.5 + dv)
+                more = _rays(matrix, u[chosen] + 0.5 + du, v[chosen] + 0.5 + dv) @ turn.T
                 again = self.tracer.cast(origins[: len(chosen)], more, seen, seen_poses, time)
                 light_here = lit[chosen] if soft else self._lit(eye, more, again, casters, caster_poses, time)
                 shade = self._shade(eye, more, again, light_here, table, pixel)
@@ -307,7 +317,7 @@ class _Table:
         self.headlights = np.array([*place[:3], *aim, strength])
 
 
-def _within(matrix, world_from_camera, size, actors, poses, margin: float) -> list[int]:
+def within(matrix, world_from_camera, size, actors, poses, margin: float) -> list[int]:
     """Numbers of the actors whose ball, `margin` m larger, reaches into the picture's pyramid."""
     if not len(actors):
         return []
@@ -325,10 +335,10 @@ def _within(matrix, world_from_camera, size, actors, poses, margin: float) -> li
     return np.flatnonzero(inside).tolist()
 
 
-def _rays(matrix, world_from_camera, u, v) -> np.ndarray:
-    """(N, 3) float32 of length one in the world, through pixel coordinates u, v (N,)."""
-    turn = world_from_camera[:3, :3] @ np.linalg.inv(matrix)
-    rays = u[:, None] * turn[:, 0] + v[:, None] * turn[:, 1] + turn[:, 2]
+def _rays(matrix, u, v) -> np.ndarray:
+    """(N, 3) float32 of length one in the camera's frame, through pixel coordinates u, v (N,)."""
+    inverse = np.linalg.inv(matrix)
+    rays = u[:, None] * inverse[:, 0] + v[:, None] * inverse[:, 1] + inverse[:, 2]
     rays /= np.sqrt((rays * rays).sum(1, keepdims=True))
     return rays.astype(np.float32)
 

@@ -319,12 +319,22 @@ class _Writer:
             points["actor", who[number]] = int(count)
         then = [(world.traffic.poses(t), world.traffic.world_from_car(t)) for _, _, t in shown]
         poses = world.traffic.poses(time)
+        keys, actors = zip(*self._everything())
+        standing = np.array([t.pose for t in world.scenery.things]).reshape(-1, 4, 4)
+        framed = []  # by camera: who can be in its picture
+        for matrix, mounting, (places, car_then) in zip(
+            self.plan.rig.cameras.pixels_from_camera.numpy(), self.plan.rig.cameras.car_from_camera.numpy(), then
+        ):
+            size = (self.plan.rig.cameras.height, self.plan.rig.cameras.width)
+            everywhere = np.concatenate([standing, places])
+            within = render.within(matrix, car_then @ mounting, size, actors, everywhere, 0.0)
+            framed.append({keys[n] for n in within})
         drafts = {}
-        for key, actor in self._everything():
+        for key, actor in zip(keys, actors):
             pose = poses[key[1]] if key[0] == "actor" else actor.pose
             if np.linalg.norm(pose[:2, 3] - car[:2, 3]) > _ANNOTATED:
                 continue
-            count, part = points.get(key, 0), self._visible(key, actor, shown, then)
+            count, part = points.get(key, 0), self._visible(key, actor, shown, then, framed)
             rotation, _ = rigid.to_quaternion(torch.from_numpy(pose))
             attribute = actor.attribute(time)
             length, width, height = actor.model.size
@@ -345,17 +355,16 @@ class _Writer:
         yield from ((("thing", k), a) for k, a in enumerate(self.world.scenery.things))
         yield from ((("actor", k), a) for k, a in enumerate(self.world.traffic.actors))
 
-    def _visible(self, key, actor: Actor, shown, around) -> float:
+    def _visible(self, key, actor: Actor, shown, around, framed) -> float:
         """Part of the points on a thing's near sides that the keyframe's pictures show."""
         rig, world = self.plan.rig, self.world
         total = seen = 0
         for camera, (hits, who, then) in enumerate(shown):
+            if key not in framed[camera]:
+                continue
             poses, car = around[camera]
             pose = poses[key[1]] if key[0] == "actor" else actor.pose
             camera_from_thing = np.linalg.inv(car @ rig.cameras.car_from_camera[camera].numpy()) @ pose
-            middle = camera_from_thing[:3, :3] @ actor.model.middle + camera_from_thing[:3, 3]
-            if middle[2] < -actor.model.reach:
-                continue
             mesh = world.tracer.shape(actor, then)[1]
             chosen = mesh.faces[:: max(1, len(mesh.faces) // 160)]
             corners = mesh.vertices[chosen]

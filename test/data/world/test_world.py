@@ -330,17 +330,24 @@ def test_a_voxel_of_mask_camera_is_seen_by_a_camera(folder, rows):
     assert np.mean([seen(v, all) for v in hidden[rng.choice(len(hidden), 60, replace=False)]]) < 0.04  # cut by a border
 
 
-def test_mask_lidar_holds_where_the_keyframe_s_points_are(folder, rows):
+def test_labels_and_mask_lidar_hold_where_the_keyframe_s_points_are(folder, rows):
     k = 2
     occ3d, _ = labels(folder, rows, k)
-    points, _ = lidar(folder, rows, k)
+    points, ids = lidar(folder, rows, k)
     car = motion(keyed(rows["ego_pose"])[keyframe(rows, k)["LIDAR_TOP"]["ego_pose_token"]])
     cells = np.floor(((points - car[:3, 3]) @ car[:3, :3] - LOW) / VOXEL).astype(int)
-    cells = cells[((cells >= 0) & (cells < OCC3D_GRID.shape)).all(1)]
+    inside = ((cells >= 0) & (cells < OCC3D_GRID.shape)).all(1)
+    cells, ids = cells[inside], ids[inside]
     at = tuple(cells.T)
     filled = occ3d["semantics"][at] != FREE
     assert filled.mean() > 0.98  # noise may lift a point over a voxel's border
     assert occ3d["mask_lidar"][at][filled].mean() > 0.999
+    classes = {"vehicle.car": "car", "human.pedestrian.adult": "pedestrian", "vehicle.truck": "truck"}
+    classes |= {"static.manmade": "manmade", "flat.driveable_surface": "driveable_surface"}
+    for category, name in classes.items():
+        mine = ids == tables.CATEGORIES.index(category)
+        if mine.sum() > 20:  # the rest shares its voxel with something larger: feet and tyres with the ground
+            assert (occ3d["semantics"][at][mine] == OCC3D.id(name)).mean() > 0.75, name
 
 
 # ---- bytes -------------------------------------------------------------------------------------------------------
