@@ -27,7 +27,7 @@ def bench_node(sets: int, pictures: Path | None = None) -> dict[str, Any]:
     from sensor_msgs.msg import CompressedImage
 
     from occflow_ros import convert
-    from occflow_ros.assemble import Calibration, Collector
+    from occflow_ros.assemble import Calibration, Collector, Shot
     from occflow_ros.frames import TransformBuffer
     from occflow_ros.health import Health
     from occflow_ros.pipeline import Pipeline
@@ -43,7 +43,8 @@ def bench_node(sets: int, pictures: Path | None = None) -> dict[str, Any]:
     k = np.array([[1260.0, 0, width / 2], [0, 1260.0, height / 2], [0, 0, 1]])
     calibrations = tuple(Calibration(k, height, width, name) for name in names)
     health = Health(names, "bench")
-    pipeline = Pipeline(names, transforms, _Still(prediction), health, "map", "base_link", 0.0, len(names))
+    still, silent = _Still(prediction), lambda key, sentence: None
+    pipeline = Pipeline(names, names, transforms, still, health, "map", "base_link", 0.0, len(names), silent)
     collector = Collector(len(names), 1 / 12)
 
     rclpy.init()
@@ -70,10 +71,10 @@ def bench_node(sets: int, pictures: Path | None = None) -> dict[str, Any]:
             times.append(("collect", time.perf_counter()))
             ready = []
             for i, message in enumerate(messages):
-                picture = convert.compressed_picture(message)
-                ready += collector.add(i, convert.nanoseconds(message.header.stamp), picture, time.monotonic())
+                shot = Shot(convert.compressed_picture(message), calibrations[i])
+                ready += collector.add(i, convert.nanoseconds(message.header.stamp), shot, time.monotonic())
             times.append(("serve", time.perf_counter()))
-            served = pipeline.serve(ready[0], calibrations)
+            served = pipeline.serve(ready[0])
             times.append(("convert", time.perf_counter()))
             flow = convert.voxel_flow(served.prediction, stamp, "base_link", names, served.images.stamps, "bench", 0.2)
             times.append(("publish", time.perf_counter()))

@@ -119,7 +119,8 @@ def convert(
     """The authors' published checkpoint -> weights that the node and `load` take."""
     from .runtime.convert import convert as run
 
-    print(run(model, authors_file, out))
+    run(model, authors_file, out)
+    print(f"{out}: {model}")
 
 
 def bench(

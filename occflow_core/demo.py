@@ -29,7 +29,6 @@ class Recording:
 
     occupancy: list[tuple[float, bytes]] = field(default_factory=list)  # (s, steady; CDR of a VoxelFlow)
     diagnostics: list[Any] = field(default_factory=list)  # diagnostic_msgs/DiagnosticArray, all of /diagnostics
-    seconds: float = 0.0  # how long the replay took
     node_exit: int | None = None
     log: str = ""  # what the node printed
 
@@ -37,7 +36,7 @@ class Recording:
         """The newest values of the node's own status: counts, latencies, the model's name."""
         for message in reversed(self.diagnostics):
             for status in message.status:
-                if status.name == "occupancy":
+                if status.name == "occflow: occupancy":
                     return {pair.key: pair.value for pair in status.values}
         return {}
 
@@ -45,8 +44,9 @@ class Recording:
         """The newest status of each camera."""
         if not self.diagnostics:
             return {}
-        statuses = self.diagnostics[-1].status
-        return {s.name: {"message": s.message} | {p.key: p.value for p in s.values} for s in statuses[1:]}
+        statuses = self.diagnostics[-1].status[1:]
+        told = {s.name: {"message": s.message} | {p.key: p.value for p in s.values} for s in statuses}
+        return {name.removeprefix("occflow: "): values for name, values in told.items()}
 
 
 def drive(
@@ -89,16 +89,12 @@ def drive(
             node.create_subscription(DiagnosticArray, "/diagnostics", recording.diagnostics.append, 100)
             running = subprocess.Popen(node_command, env=environment, stdout=log, stderr=subprocess.STDOUT)
             replay = subprocess.Popen(replay_command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            begin = None
             while replay.poll() is None:
                 executor.spin_once(timeout_sec=0.1)
                 if running.poll() is not None:
                     raise RuntimeError(f"the node ended with exit code {running.returncode}: {_tail(log)}")
-                if begin is None and (recording.occupancy or any("sets" in k for k in recording.counts())):
-                    begin = time.monotonic()
             if replay.returncode != 0:
                 raise RuntimeError(f"the replay ended with exit code {replay.returncode}: {_tail(log)}")
-            recording.seconds = time.monotonic() - (begin or time.monotonic())
             quiet, heard = time.monotonic() + settle, len(recording.occupancy)
             while time.monotonic() < quiet:
                 executor.spin_once(timeout_sec=0.1)
@@ -136,6 +132,8 @@ def run(out: Path, seconds: float, rate: float) -> str:
     keyframes = round(2 * seconds) + 1
     if keyframes < 2:
         raise ValueError(f"a drive of {seconds:g} s has no second keyframe, give at least 0.5")
+    if out.exists() and not (out / "summary.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} holds something that is no demo's result; it would be replaced, so name another --out")
     begin = time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -204,7 +202,7 @@ def text(summary: dict[str, Any], out: Path) -> str:
     lines = [
         "",
         f"model            {summary['model']}",
-        f"recording        {summary['frames in']} frames of six cameras at 2 Hz, replayed at {summary['replay rate']:g}x",
+        f"recording        {summary['frames in']} frames of six cameras at 2 Hz, at {summary['replay rate']:g}x",
         f"sets             {sets['complete']} complete, {sets['partial']} partial, {sets['skipped']} skipped",
         f"messages out     {summary['messages out']}, {summary['output rate Hz']} Hz",
         f"scores           {summary['scores']}",

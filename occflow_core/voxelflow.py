@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .geometry import Grid
-from .types import OCC3D, OPENOCC, Prediction
+from .types import OCC3D, OPENOCC, Classes, Prediction
 
 NO_IMAGE = -(2**31)  # camera_age_us of a camera without an image
 TABLES = {classes.table: classes for classes in (OCC3D, OPENOCC)}
@@ -55,9 +55,7 @@ def pack(
     flow_index, velocity = np.empty(0, np.uint32), np.empty((0, 2), np.float32)
     if prediction.flow is not None:
         flow = prediction.flow.reshape(-1, 2).cpu().numpy()[own]
-        movable = np.isin(label, prediction.classes.moving_ids)
-        with np.errstate(invalid="ignore"):  # NaN compares false: a velocity nobody knows is not sent
-            moving = movable & (np.hypot(flow[:, 0], flow[:, 1]) >= moving_speed) & np.isfinite(flow).all(1)
+        moving = moves(label, flow, prediction.classes, moving_speed)
         flow_index, velocity = np.flatnonzero(moving), flow[moving]
     unobserved = np.empty(0, np.uint8)
     if prediction.unobserved is not None:
@@ -79,6 +77,14 @@ def pack(
         "label_set": prediction.classes.table,
         "model_name": model_name,
     }
+
+
+def moves(label: np.ndarray, flow: np.ndarray, classes: Classes, moving_speed: float) -> np.ndarray:
+    """Which voxels with labels (M,) and velocities (M, 2) m/s are told to move, (M,) bool: those of moving classes, of
+    a finite velocity that is not zero and not below moving_speed."""
+    speed = np.hypot(flow[:, 0], flow[:, 1])
+    with np.errstate(invalid="ignore"):  # NaN compares false
+        return np.isin(label, classes.moving_ids) & np.isfinite(speed) & (speed > 0) & (speed >= moving_speed)
 
 
 def unpack(message) -> Prediction:

@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ OPEN_SETS = 3  # more would mean that images arrive three periods late: such set
 class ImageSet:
     """What the cameras saw of one instant; a hole (None) for each camera that said nothing."""
 
-    pictures: tuple[Any | None, ...]  # what was given to `add`, in camera order
+    pictures: tuple[Any | None, ...]  # what was given to `add` (the node gives `Shot`s), in camera order
     stamps: tuple[int | None, ...]  # ns, each camera's own
     lap: int  # counts clock jumps: sets of different laps do not follow each other
 
@@ -79,24 +80,27 @@ class Collector:
         self.lap = 0
         self.dropped: Counter[tuple[int | None, str]] = Counter()  # (camera or None for whole sets, reason) -> count
         self._open: list[_Open] = []  # oldest reference first
-        self._newest: list[int | None] = [None] * cameras  # newest stamp seen, each camera
+        self._newest: list[int | None] = [None] * cameras  # stamp of the newest image of each camera
+        self._lead: list[float | None] = [None] * cameras  # reference minus arrival of each camera's newest image, ns
         self._left: int | None = None  # reference of the youngest set that has left
-        self._latest: int | None = None  # youngest reference seen
 
     def add(self, camera: int, stamp: int, picture: Any, now: float) -> list[ImageSet]:
         """Takes one image (stamp ns; now s, steady); gives the sets that leave because of it, oldest first."""
-        reference = stamp - self.offsets[camera]
+        reference, before = stamp - self.offsets[camera], self._newest[camera]
         if stamp <= 0:
             return self._drop(camera, "no stamp")
-        if self._latest is not None and reference < self._latest - self.jump:
+        # a camera's own stamps tell whether its clock was turned back; that it lags behind others does not
+        if before is not None and stamp < before - self.jump:
             self.clear()
-        if stamp == self._newest[camera]:
+            before = None
+        if stamp == before:
             return self._drop(camera, "same stamp again")
+        self._newest[camera] = stamp if before is None else max(before, stamp)
+        self._lead[camera] = reference - now * NANO
+        if self._runs_ahead(camera):  # its sets would leave before the others' images come, and make those late
+            return self._drop(camera, "clock ahead of the other cameras")
         if self._left is not None and reference <= self._left + self.tolerance:
             return self._drop(camera, "late")
-        self._latest = reference if self._latest is None else max(self._latest, reference)
-        newest = self._newest[camera]
-        self._newest[camera] = stamp if newest is None else max(newest, stamp)
         home = min(self._open, key=lambda s: abs(s.reference - reference), default=None)
         if home is None or abs(home.reference - reference) > self.tolerance:
             home = _Open(reference, now + self.deadline, {}, {})
@@ -127,7 +131,15 @@ class Collector:
             for camera in waiting.pictures:
                 self.dropped[camera, "clock jump"] += 1
         self.lap += 1
-        self._open, self._newest, self._left, self._latest = [], [None] * self.cameras, None, None
+        self._open, self._left = [], None
+        self._newest, self._lead = [None] * self.cameras, [None] * self.cameras
+
+    def _runs_ahead(self, camera: int) -> bool:
+        """Is a camera's clock ahead of the middle one of the others by more than a set waits? Two others must speak."""
+        others = [lead for i, lead in enumerate(self._lead) if lead is not None and i != camera]
+        if len(others) < 2:
+            return False
+        return self._lead[camera] - median(others) > self.deadline * NANO + self.tolerance
 
     def _drop(self, camera: int, reason: str) -> list[ImageSet]:
         self.dropped[camera, reason] += 1
@@ -192,11 +204,18 @@ class Calibration:
     optical_frame: str  # TF name
 
 
+@dataclass(frozen=True)
+class Shot:
+    """An image and the calibration that held when it came."""
+
+    picture: Any  # convert.Picture
+    calibration: Calibration
+
+
 def frame_of(
-    images: ImageSet,
+    images: ImageSet,  # of Shots
     names: Sequence[str],
     pictures: np.ndarray,  # (N, H, W, 3) uint8 RGB, black where there is no image
-    calibrations: Sequence[Calibration | None],  # may be None where there is no image
     mounts: Sequence[torch.Tensor | None],  # base_from_camera at each camera's stamp
     poses: Sequence[torch.Tensor | None],  # world_from_base at each camera's stamp
     world_from_car: torch.Tensor,  # (4, 4) float64 at the set's stamp
@@ -206,11 +225,11 @@ def frame_of(
     Each camera's `car_from_camera` gets the car's motion between its own stamp and the set's. A camera without an
     image has no calibration that anybody may look at: `used` says so, its matrices are placeholders.
     """
-    used = torch.tensor([picture is not None for picture in images.pictures])
+    used = torch.tensor([shot is not None for shot in images.pictures])
     intrinsics, extrinsics = [], []
-    for here, calibration, base_from_camera, world_from_base in zip(used, calibrations, mounts, poses, strict=True):
-        if here:
-            intrinsics.append(torch.from_numpy(calibration.pixels_from_camera).double())
+    for shot, base_from_camera, world_from_base in zip(images.pictures, mounts, poses, strict=True):
+        if shot is not None:
+            intrinsics.append(torch.from_numpy(shot.calibration.pixels_from_camera).double())
             extrinsics.append(rigid.inverse(world_from_car) @ world_from_base @ base_from_camera)
         else:
             intrinsics.append(torch.eye(3, dtype=torch.float64))

@@ -29,7 +29,12 @@ LARGEST = 16384  # pixels along one side: beyond it a header is broken, not a ca
 
 
 class Refused(ValueError):
-    """A message that cannot be used; the text says what came and what was expected."""
+    """A message that cannot be used: a few fixed words to count it by, and a text that says what came and what was
+    expected."""
+
+    def __init__(self, reason: str, sentence: str):
+        super().__init__(sentence)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,16 @@ def raw_picture(message) -> Picture:
     """sensor_msgs/Image -> Picture. Refused naming encoding, size or step when they do not fit each other."""
     encoding = message.encoding.lower()
     if encoding not in RAW_ENCODINGS:
-        raise Refused(f"encoding {message.encoding!r}, expected one of {', '.join(RAW_ENCODINGS)}")
+        raise Refused("unknown encoding", f"encoding {message.encoding!r}, expected one of {', '.join(RAW_ENCODINGS)}")
     depth, _ = RAW_ENCODINGS[encoding]
     height, width, step = message.height, message.width, message.step
     if not (0 < height <= LARGEST and 0 < width <= LARGEST):
-        raise Refused(f"a picture of {width} x {height} pixels")
+        raise Refused("impossible size", f"a picture of {width} x {height} pixels")
     if step < width * depth:
-        raise Refused(f"step {step} bytes, but {width} pixels of {encoding} need {width * depth}")
+        raise Refused("wrong step", f"step {step} bytes, but {width} pixels of {encoding} need {width * depth}")
     data = np.frombuffer(message.data, np.uint8)
     if data.size < step * (height - 1) + width * depth:
-        raise Refused(f"{data.size} bytes, but {height} rows of {step} bytes need {step * height}")
+        raise Refused("too few bytes", f"{data.size} bytes, but {height} rows of {step} bytes need {step * height}")
     if data.size < step * height:  # the last row may come without its padding
         data = np.concatenate([data, np.zeros(step * height - data.size, np.uint8)])
     return Picture(data, encoding, height, width, step)
@@ -94,15 +99,15 @@ def compressed_picture(message) -> Picture:
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError as error:
-            raise Refused(f"a broken JPEG of {data.size} bytes ({error})") from None
+            raise Refused("broken image", f"a broken JPEG of {data.size} bytes ({error})") from None
         encoding = "jpeg"
     elif head == b"\x89PNG\r\n\x1a\n" and data.size > 24:
         width, height = (int.from_bytes(data[i : i + 4].tobytes(), "big") for i in (16, 20))
         encoding = "png"
     else:
-        raise Refused(f"{data.size} bytes of format {message.format!r} that are neither JPEG nor PNG")
+        raise Refused("unknown format", f"{data.size} bytes of format {message.format!r}, expected JPEG or PNG")
     if not (0 < height <= LARGEST and 0 < width <= LARGEST):
-        raise Refused(f"a picture of {width} x {height} pixels")
+        raise Refused("impossible size", f"a picture of {width} x {height} pixels")
     return Picture(data, encoding, height, width, 0)
 
 
@@ -112,7 +117,7 @@ def _decode_jpeg(data: np.ndarray, out: np.ndarray) -> None:
     try:  # strict: OpenCV fills the lost part of a truncated JPEG with grey and says nothing
         simplejpeg.decode_jpeg(data, "RGB", buffer=out)
     except ValueError as error:
-        raise Refused(f"a broken JPEG of {data.size} bytes ({error})") from None
+        raise Refused("broken image", f"a broken JPEG of {data.size} bytes ({error})") from None
 
 
 def _decode_png(data: np.ndarray, out: np.ndarray) -> None:
@@ -120,7 +125,7 @@ def _decode_png(data: np.ndarray, out: np.ndarray) -> None:
 
     picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
     if picture is None or picture.shape != out.shape:
-        raise Refused(f"a broken PNG of {data.size} bytes")
+        raise Refused("broken image", f"a broken PNG of {data.size} bytes")
     cv2.cvtColor(picture, cv2.COLOR_BGR2RGB, dst=out)
 
 
@@ -130,21 +135,32 @@ def calibration(message, rectified: bool) -> Calibration:
     rectified: the images are already rectified, so P holds and D is history; else K holds and D must be zero.
     """
     if not (0 < message.height <= LARGEST and 0 < message.width <= LARGEST):
-        raise Refused(f"CameraInfo of {message.width} x {message.height} pixels")
+        raise Refused("unusable CameraInfo", f"CameraInfo of {message.width} x {message.height} pixels")
     if message.binning_x > 1 or message.binning_y > 1 or message.roi.width or message.roi.height:
-        raise Refused("CameraInfo with binning or a region of interest, expected that of the whole picture")
+        raise Refused("unusable CameraInfo", "CameraInfo with binning or a region of interest, expected neither")
     name, k = ("P", np.reshape(message.p, (3, 4))[:, :3]) if rectified else ("K", np.reshape(message.k, (3, 3)))
     k = np.array(k, np.float64)
     if not np.isfinite(k).all() or k[0, 0] <= 0 or k[1, 1] <= 0 or not np.allclose(k[2], (0, 0, 1)):
-        raise Refused(f"CameraInfo with {name} = {k.round(3).tolist()}, expected finite, positive focal lengths")
+        raise Refused(
+            "unusable CameraInfo",
+            f"CameraInfo with {name} = {k.round(3).tolist()}, expected finite, positive focal lengths",
+        )
     distortion = np.array(message.d, np.float64)
     if not rectified and not (np.isfinite(distortion).all() and (distortion == 0).all()):
         raise Refused(
+            "unusable CameraInfo",
             f"CameraInfo with {message.distortion_model or 'unnamed'} distortion {distortion.round(4).tolist()}; give "
-            "rectified images and set the camera's `rectified` to true"
+            "rectified images and set the camera's `rectified` to true",
         )
+    if rectified:
+        turned = np.reshape(message.r, (3, 3)) - np.eye(3)
+        if not np.allclose(turned, 0, atol=1e-6) or not np.allclose(np.reshape(message.p, (3, 4))[:, 3], 0):
+            raise Refused(
+                "unusable CameraInfo",
+                "CameraInfo whose R turns or whose P shifts the camera (a stereo pair), expected R = 1 and P[:, 3] = 0",
+            )
     if not message.header.frame_id:
-        raise Refused("CameraInfo without a frame_id, expected the camera's optical frame")
+        raise Refused("unusable CameraInfo", "CameraInfo without a frame_id, expected the camera's optical frame")
     return Calibration(k, message.height, message.width, message.header.frame_id.lstrip("/"))
 
 
@@ -154,7 +170,9 @@ def transform(message) -> tuple[str, str, int, torch.Tensor]:
     try:
         parent_from_child = rigid.from_quaternion((q.w, q.x, q.y, q.z), (t.x, t.y, t.z))
     except ValueError as error:
-        raise Refused(f"transform {message.header.frame_id} <- {message.child_frame_id}: {error}") from None
+        raise Refused(
+            "broken transform", f"transform {message.header.frame_id} <- {message.child_frame_id}: {error}"
+        ) from None
     return message.header.frame_id, message.child_frame_id, nanoseconds(message.header.stamp), parent_from_child
 
 
@@ -232,14 +250,15 @@ def markers(prediction: Prediction, header, moving_speed: float):
 
     cubes = Marker(header=header, ns="moving voxels", id=0, type=Marker.CUBE_LIST, action=Marker.ADD)
     arrows = Marker(header=header, ns="flow", id=1, type=Marker.LINE_LIST, action=Marker.ADD)
+    for marker in (cubes, arrows):  # a node that died must not leave its last cars standing
+        marker.lifetime.sec = 1
     cubes.scale.x, cubes.scale.y, cubes.scale.z = (0.95 * edge for edge in prediction.grid.voxel)
     arrows.scale.x = 0.08
     arrows.color = ColorRGBA(r=1.0, g=0.9, b=0.1, a=1.0)
     cubes.pose.orientation.w = arrows.pose.orientation.w = 1.0
     index, label, _, flow = (None if t is None else t.cpu().numpy() for t in prediction.sparse())
     if flow is not None:
-        with np.errstate(invalid="ignore"):  # NaN compares false
-            moving = np.isin(label, prediction.classes.moving_ids) & (np.hypot(*flow.T) >= moving_speed)
+        moving = voxelflow.moves(label, flow, prediction.classes, moving_speed)
         index, label, flow = index[moving], label[moving], flow[moving]
         centres = (index + 0.5) * np.asarray(prediction.grid.voxel) + np.asarray(prediction.grid.low)
         palette = [ColorRGBA(r=r / 255, g=g / 255, b=b / 255, a=0.9) for r, g, b in prediction.classes.colours]
@@ -271,7 +290,7 @@ def diagnostics(stamp: int, hardware: str, report):
     message.status = [
         DiagnosticStatus(
             level=bytes([status.level]),
-            name=status.name,
+            name=f"occflow: {status.name}",
             message=status.message,
             hardware_id=hardware,
             values=[KeyValue(key=key, value=str(value)) for key, value in status.values.items()],

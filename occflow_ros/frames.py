@@ -20,6 +20,8 @@ from occflow_core.types import NANO
 class TransformError(LookupError):
     """A transform that is not known; the text names both frames and what was heard."""
 
+    may_come = False  # is it only that TF has not come so far yet?
+
 
 class _Edge:
     """parent_from_child over time; one frame has one parent."""
@@ -37,9 +39,11 @@ class _Edge:
             return self.poses[i]
         if i == 0 or i == len(self.stamps):
             side, known = ("oldest", self.stamps[0]) if i == 0 else ("newest", self.stamps[-1])
-            raise TransformError(
+            error = TransformError(
                 f"no transform {self.parent} <- {child} at {_seconds(stamp)} s ({side} is {_seconds(known)} s)"
             )
+            error.may_come = i != 0
+            raise error
         before, after = self.stamps[i - 1], self.stamps[i]
         return rigid.interpolate(self.poses[i - 1], self.poses[i], (stamp - before) / (after - before))
 
@@ -50,21 +54,21 @@ class TransformBuffer:
     def __init__(self, keep: float = 10.0, jump: float = 1.0):  # s of history; s back that mean a new lap
         self.keep, self.jump = round(keep * NANO), round(jump * NANO)
         self._edges: dict[str, _Edge] = {}
-        self._newest: int | None = None
         self._condition = threading.Condition()
 
     def add(self, parent: str, child: str, stamp: int, parent_from_child: Tensor, static: bool) -> None:
-        """Takes one transform (stamp ns). ValueError when the frames are empty or equal."""
+        """Takes one transform (stamp ns). ValueError when frames are empty or equal, or a moving one has no stamp."""
         parent, child = parent.lstrip("/"), child.lstrip("/")
         if not parent or not child or parent == child:
             raise ValueError(f"a transform needs two different frames, got {parent!r} <- {child!r}")
+        if not static and stamp <= 0:
+            raise ValueError(f"transform {parent} <- {child} has no stamp, expected one on /tf")
         with self._condition:
-            if not static:
-                if self._newest is not None and stamp < self._newest - self.jump:
-                    self._edges = {name: edge for name, edge in self._edges.items() if edge.static}
-                    self._newest = None
-                self._newest = stamp if self._newest is None else max(self._newest, stamp)
             edge = self._edges.get(child)
+            # a lap is over when a transform goes back behind itself; that others lag behind it says nothing
+            if edge is not None and not edge.static and stamp < edge.stamps[-1] - self.jump:
+                self._edges = {name: other for name, other in self._edges.items() if other.static}
+                edge = None
             if edge is None or edge.parent != parent or edge.static != static:
                 edge = self._edges[child] = _Edge(parent, static)
             if static:
@@ -80,27 +84,24 @@ class TransformBuffer:
                 del edge.stamps[:old], edge.poses[:old]
             self._condition.notify_all()
 
-    def clear(self) -> None:
-        """Drops everything that moves; static transforms stay."""
-        with self._condition:
-            self._edges = {name: edge for name, edge in self._edges.items() if edge.static}
-            self._newest = None
-
     def lookup(self, target: str, source: str, stamp: int) -> Tensor:
         """target_from_source (4, 4) float64 at a stamp in ns. TransformError when it is not known there."""
         with self._condition:
             return self._lookup(target.lstrip("/"), source.lstrip("/"), stamp)
 
     def wait(self, target: str, source: str, stamp: int, timeout: float) -> Tensor:
-        """`lookup`, given up to `timeout` s (steady clock) for the transform to arrive."""
+        """`lookup`, given up to `timeout` s (steady clock) for TF to come as far as the stamp.
+
+        What waiting cannot mend is said at once: frames nobody has named, stamps older than what is kept.
+        """
         until = time.monotonic() + timeout
         with self._condition:
             while True:
                 try:
                     return self._lookup(target.lstrip("/"), source.lstrip("/"), stamp)
-                except TransformError:
+                except TransformError as error:
                     left = until - time.monotonic()
-                    if left <= 0:
+                    if left <= 0 or not error.may_come:
                         raise
                     self._condition.wait(left)
 
@@ -123,7 +124,9 @@ class TransformBuffer:
             common_from_source = self._climb(source, common, stamp)
             return rigid.inverse(self._climb(target, common, stamp)) @ common_from_source
         except TransformError as error:
-            raise TransformError(f"{target} <- {source}: {error}") from None
+            whole = TransformError(f"{target} <- {source}: {error}")
+            whole.may_come = error.may_come
+            raise whole from None
 
     def _ancestors(self, frame: str) -> list[str]:
         line = [frame]

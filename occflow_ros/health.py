@@ -26,11 +26,12 @@ class Status:
 class Health:
     def __init__(self, cameras: Sequence[str], model_name: str, quiet: float = 2.0):  # s of silence that is a fault
         self.cameras, self.model_name, self.quiet = tuple(cameras), model_name, quiet
+        self.active = True  # an inactive node is silent on purpose
         self._lock = threading.Lock()
         self._arrivals: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in cameras}
+        self._used: dict[str, float] = {}
         self._drops: dict[str, Counter[str]] = {name: Counter() for name in (*cameras, "sets")}
         self._latest_drop: dict[str, str] = {}
-        self._news: dict[tuple[str, str], str] = {}
         self._latencies: dict[str, deque[float]] = {}
         self._counts: Counter[str] = Counter()
         self._said: dict[str, float] = {}
@@ -40,18 +41,17 @@ class Health:
         with self._lock:
             self._arrivals[camera].append(now)
 
+    def used(self, camera: str, now: float) -> None:
+        """An image of this camera went into an output: arriving is not enough."""
+        with self._lock:
+            self._used[camera] = now
+
     def dropped(self, what: str, reason: str, sentence: str = "") -> None:
         """Counts a loss; `what` is a camera's name or "sets". The sentence, if any, is shown with the counts."""
         with self._lock:
             self._drops[what][reason] += 1
             if sentence:
-                self._latest_drop[what] = self._news[what, reason] = sentence
-
-    def news(self) -> list[tuple[str, str]]:
-        """What was dropped since the last call: (what, sentence), one for each reason."""
-        with self._lock:
-            news, self._news = [(what, sentence) for (what, _), sentence in self._news.items()], {}
-            return news
+                self._latest_drop[what] = sentence
 
     def collected(self, drops: Counter) -> None:
         """Takes over the collector's own counts, which are totals: (camera index or None, reason) -> count."""
@@ -101,10 +101,13 @@ class Health:
             silent = [s.name for s in statuses if s.level != OK]
             values: dict[str, object] = {"model": self.model_name, **self._counts}
             values |= {f"sets dropped: {reason}": n for reason, n in self._drops["sets"].items()}
+            active = self.active
             since = None if self._served is None else now - self._served
         for stage, percentiles in self.latencies_ms().items():
             values |= {f"{stage} {p} ms": value for p, value in percentiles.items()}
-        if since is None:
+        if not active:
+            level, message = OK, "inactive"
+        elif since is None:
             level, message = WARN, f"no output yet{self._why('sets')}"
         elif since > self.quiet:
             level, message = ERROR, f"no output for {since:.1f} s{self._why('sets')}"
@@ -115,15 +118,20 @@ class Health:
         return [Status("occupancy", level, message, values), *statuses]
 
     def _camera(self, name: str, now: float) -> Status:
-        arrivals = self._arrivals[name]
-        drops = {f"dropped: {reason}": n for reason, n in self._drops[name].items()}
+        arrivals, used = self._arrivals[name], self._used.get(name)
+        values: dict[str, object] = {f"dropped: {reason}": n for reason, n in self._drops[name].items()}
+        if arrivals:
+            span = arrivals[-1] - arrivals[0]
+            rate = round((len(arrivals) - 1) / span, 2) if span > 0 else ""
+            values |= {"rate Hz": rate, "age s": round(now - arrivals[-1], 3)}
+        if not self.active:
+            return Status(name, OK, "inactive", values)
         if not arrivals:
-            return Status(name, WARN, f"no image yet{self._why(name)}", drops)
-        age = now - arrivals[-1]
-        span = arrivals[-1] - arrivals[0]
-        values = {"rate Hz": round((len(arrivals) - 1) / span, 2) if span > 0 else "", "age s": round(age, 3), **drops}
-        if age > self.quiet:
-            return Status(name, ERROR, f"no usable image for {age:.1f} s{self._why(name)}", values)
+            return Status(name, WARN, f"no image yet{self._why(name)}", values)
+        if now - arrivals[-1] > self.quiet:
+            return Status(name, ERROR, f"no image for {now - arrivals[-1]:.1f} s{self._why(name)}", values)
+        if used is None or now - used > self.quiet:
+            return Status(name, ERROR, f"images come, none of them can be used{self._why(name)}", values)
         return Status(name, OK, "running", values)
 
     def _why(self, what: str) -> str:

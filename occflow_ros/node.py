@@ -22,13 +22,14 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from visualization_msgs.msg import MarkerArray
 
 from occflow_core.runtime import Stream, load
 
 from . import convert, parameters
-from .assemble import Calibration, Collector, ImageSet, Mailbox
+from .assemble import Calibration, Collector, ImageSet, Mailbox, Shot
 from .convert import Refused
 from .frames import TransformBuffer
 from .health import Health
@@ -43,7 +44,6 @@ class Letter:
     """What the callbacks hand to the worker."""
 
     images: ImageSet
-    calibrations: tuple[Calibration | None, ...]
     arrived: float  # s, steady: when the set was closed
 
 
@@ -67,24 +67,54 @@ class OccupancyNode(LifecycleNode):
     # ---- lifecycle
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        # rclpy turns what a transition throws into an error state without a word, and leaves what was begun
         try:
-            self.settings = s = parameters.read(self)
-            if s.threads:
-                torch.set_num_threads(s.threads)
-            self._model = load(s.model, s.weights or None, device=_device(s.device))
-            self._stream = Stream(self._model, longest_gap=s.longest_gap)
-            self._stream.warm_up(s.cameras)
-        except (ParameterProblem, ValueError, OSError, RuntimeError) as problem:
+            self._configure()
+            return TransitionCallbackReturn.SUCCESS
+        except Exception as problem:
             self.get_logger().error(f"configure failed: {problem}")
-            self._reset()
+            self._give_back()
             return TransitionCallbackReturn.FAILURE
-        self.health = Health(s.cameras, self._model.name)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            self._activate()
+            return super().on_activate(state)  # opens the lifecycle publishers
+        except Exception as problem:
+            self.get_logger().error(f"activate failed: {problem}")
+            self._stop()
+            return TransitionCallbackReturn.FAILURE
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._stop()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._give_back()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self.on_cleanup(state)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self.on_cleanup(state)
+
+    def _configure(self) -> None:
+        self.settings = s = parameters.read(self)
+        if s.threads:
+            torch.set_num_threads(s.threads)
+        self._model = load(s.model, s.weights or None, device=_device(s.device))
+        self._stream = Stream(self._model, longest_gap=s.longest_gap)
+        self._stream.warm_up(s.cameras)
+        self.health = Health(s.cameras, self._model.name, quiet=max(2.0, 3.0 / s.camera_rate))
+        self.health.active = False
         self._transforms = TransformBuffer(jump=s.clock_jump)
         self._calibrations = [None] * len(s.cameras)
-        self._out = self.create_lifecycle_publisher(_message("occflow_msgs", "VoxelFlow"), "~/occupancy", 1)
-        self._out_points = self.create_lifecycle_publisher(PointCloud2, "~/points", 1)
-        self._out_markers = self.create_lifecycle_publisher(MarkerArray, "~/markers", 1)
+        self._out = self._offer(_message("occflow_msgs", "VoxelFlow"), "~/occupancy")
+        self._out_points = self._offer(PointCloud2, "~/points")
+        self._out_markers = self._offer(MarkerArray, "~/markers")
         self._out_diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._configured.append((self.destroy_publisher, self._out_diagnostics))
         self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf", self._on_tf, QoSProfile(depth=100))
         latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf_static", self._on_tf_static, latched)
@@ -94,16 +124,11 @@ class OccupancyNode(LifecycleNode):
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         timer = self.create_timer(s.diagnostics_period, self._guarded(self._diagnose), clock=steady)
         self._configured.append((self.destroy_timer, timer))
-        self._configured += [
-            (self.destroy_lifecycle_publisher, out) for out in (self._out, self._out_points, self._out_markers)
-        ]
-        self._configured.append((self.destroy_publisher, self._out_diagnostics))
         self.get_logger().info(f"configured: {self._model.name} on {self._model.device}, {len(s.cameras)} cameras")
         if not self._model.trained:
             self.get_logger().warning(f"{self._model.name}: random weights, what is published means nothing")
-        return TransitionCallbackReturn.SUCCESS
 
-    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+    def _activate(self) -> None:
         s = self.settings
         self._stream.forget()
         self._collector = Collector(
@@ -118,6 +143,7 @@ class OccupancyNode(LifecycleNode):
         self._mailbox = Mailbox()
         pipeline = Pipeline(
             s.cameras,
+            [c.image_topic for c in s.camera],
             self._transforms,
             self._stream,
             self.health,
@@ -125,6 +151,7 @@ class OccupancyNode(LifecycleNode):
             s.base_frame,
             s.tf_wait,
             s.min_cameras,
+            self._say,
         )
         self._worker = threading.Thread(target=self._work, args=(pipeline, self._mailbox), name="worker")
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
@@ -134,23 +161,9 @@ class OccupancyNode(LifecycleNode):
         self._deadlines = self.create_timer(s.set_deadline / POLLS, self._guarded(self._poll), clock=steady)
         self._deadlines.cancel()
         self._activated.append((self.destroy_timer, self._deadlines))
-        done = super().on_activate(state)  # opens the lifecycle publishers
         self._worker.start()
+        self.health.active = True
         self.get_logger().info(f"active: waiting for images on {', '.join(c.image_topic for c in s.camera)}")
-        return done
-
-    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._stop()
-        return super().on_deactivate(state)
-
-    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._stop()
-        self._destroy(self._configured)
-        self._reset()
-        return TransitionCallbackReturn.SUCCESS
-
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self.on_cleanup(state)
 
     def _on_set_parameters(self, changes: list[Parameter]) -> SetParametersResult:
         """Parameters are read at configure: a change that would change nothing is refused, with the way to do it."""
@@ -160,12 +173,20 @@ class OccupancyNode(LifecycleNode):
 
     def _stop(self) -> None:
         """Ends the worker and the subscriptions to images; twice does no harm."""
+        if self.health is not None:
+            self.health.active = False
         if self._worker is not None:
             self._mailbox.close()
             if self._worker.is_alive():
                 self._worker.join()
             self._worker = None
         self._destroy(self._activated)
+
+    def _give_back(self) -> None:
+        """Everything that configure and activate took."""
+        self._stop()
+        self._destroy(self._configured)
+        self._reset()
 
     def _destroy(self, things: list) -> None:
         for destroy, thing in things:
@@ -177,6 +198,11 @@ class OccupancyNode(LifecycleNode):
         self._stop()
 
     # ---- callbacks: they check, sort and leave; none of them decodes or thinks
+
+    def _offer(self, kind, topic: str):
+        publisher = self.create_lifecycle_publisher(kind, topic, 1)
+        self._configured.append((self.destroy_lifecycle_publisher, publisher))
+        return publisher
 
     def _listen(self, owner: list, kind, topic: str, callback: Callable, qos: QoSProfile, *arguments) -> None:
         owner.append(
@@ -206,24 +232,30 @@ class OccupancyNode(LifecycleNode):
         known = self._calibrations[camera]
         try:
             if known is None:
-                raise Refused(f"no usable CameraInfo on {settings.info_topic} yet")
+                raise Refused("no CameraInfo", f"no usable CameraInfo on {settings.info_topic} yet")
+            if (frame := message.header.frame_id.lstrip("/")) not in ("", known.optical_frame):
+                raise Refused(
+                    "foreign CameraInfo", f"frame {frame!r}, but {settings.info_topic} is of {known.optical_frame!r}"
+                )
             picture = convert.compressed_picture(message) if settings.compressed else convert.raw_picture(message)
             if (picture.height, picture.width) != (known.height, known.width):
                 raise Refused(
+                    "wrong size",
                     f"{picture.width} x {picture.height} pixels, but {settings.info_topic} says "
-                    f"{known.width} x {known.height}"
+                    f"{known.width} x {known.height}",
                 )
         except Refused as refused:
             self._refuse(name, settings.image_topic, refused)
             return
         self.health.image(name, now)
         lap = self._collector.lap
-        self._post(self._collector.add(camera, convert.nanoseconds(message.header.stamp), picture, now), now)
+        stamp, shot = convert.nanoseconds(message.header.stamp), Shot(picture, known)
+        self._post(self._collector.add(camera, stamp, shot, now), now)
         if self._collector.waiting and self._deadlines.is_canceled():
             self._deadlines.reset()
         if self._collector.lap != lap:
             self.health.count("clock jumps")
-            self.get_logger().info("stamps went back: open sets and memory are forgotten, a new lap begins")
+            self._say("lap", "stamps went back: open sets and memory are forgotten, a new lap begins")
 
     def _on_info(self, message: CameraInfo, camera: int, name: str) -> None:
         settings = self.settings.camera[camera]
@@ -256,7 +288,7 @@ class OccupancyNode(LifecycleNode):
     def _post(self, sets: list[ImageSet], now: float) -> None:
         for images in sets:
             self.health.count("sets complete" if images.complete else "sets partial")
-            if self._mailbox.put(Letter(images, tuple(self._calibrations), now)) is not None:
+            if self._mailbox.put(Letter(images, now)) is not None:
                 self.health.count("sets skipped")
 
     def _diagnose(self) -> None:
@@ -267,9 +299,9 @@ class OccupancyNode(LifecycleNode):
         self._out_diagnostics.publish(convert.diagnostics(stamp, self.get_fully_qualified_name(), report))
 
     def _refuse(self, camera: str, topic: str, refused: Refused) -> None:
-        reason, sentence = str(refused).split(",")[0][:60], f"{topic}: refused: {refused}"
-        self.health.dropped(camera, reason, sentence)
-        self._say(f"{camera} {reason}", sentence)
+        sentence = f"{topic}: refused: {refused}"
+        self.health.dropped(camera, refused.reason, sentence)
+        self._say(f"{camera} {refused.reason}", sentence)
 
     def _say(self, key: str, sentence: str) -> None:
         """A warning, at most every five seconds for a key."""
@@ -279,19 +311,26 @@ class OccupancyNode(LifecycleNode):
     # ---- the worker
 
     def _work(self, pipeline: Pipeline, mailbox: Mailbox) -> None:
-        while (letter := mailbox.take()) is not None:
-            try:
-                served = pipeline.serve(letter.images, letter.calibrations)
-                for what, sentence in self.health.news():
-                    self._say(what, f"{what}: refused: {sentence}")
-                if served is not None:
-                    self._publish(served)
-                    self.health.took("latency", time.monotonic() - letter.arrived)
-                    self.health.served(time.monotonic())
-            except Exception as error:
-                self.health.dropped("sets", type(error).__name__, str(error))
-                self._say("worker", f"a set was lost: {type(error).__name__}: {error}")
-        pipeline.close()
+        try:
+            while (letter := mailbox.take()) is not None:
+                try:
+                    served = pipeline.serve(letter.images)
+                    if served is not None:
+                        self._publish(served)
+                        self._served(served, letter)
+                except Exception as error:
+                    self.health.dropped("sets", type(error).__name__, str(error))
+                    self._say("worker", f"a set was lost: {type(error).__name__}: {error}")
+        finally:
+            pipeline.close()
+
+    def _served(self, served: Served, letter: Letter) -> None:
+        now = time.monotonic()
+        self.health.took("latency", now - letter.arrived)
+        self.health.served(now)
+        for name, shot in zip(self.settings.cameras, served.images.pictures, strict=True):
+            if shot is not None:
+                self.health.used(name, now)
 
     def _publish(self, served: Served) -> None:
         s, images, prediction = self.settings, served.images, served.prediction
@@ -335,30 +374,35 @@ def _message(package: str, name: str):
 def main(arguments: list[str] | None = None) -> int:
     """`ros2 run occflow_ros node`. Exit code 0 after SIGINT or SIGTERM, 1 when it cannot start."""
     _message("occflow_msgs", "VoxelFlow"), _message("tf2_msgs", "TFMessage")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a launch system's stop is an ordinary stop
+    node, executor, code = None, None, 0
     try:
-        rclpy.init(args=arguments)
+        # our own handling of signals: rclpy's would close the context under a worker that is still publishing
+        rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
         node = OccupancyNode()
-    except (ParameterProblem, RuntimeError, ValueError, rclpy.exceptions.ROSInterruptException) as problem:
-        print(f"occflow: {str(problem).split(', at /')[0].strip()}", file=sys.stderr)  # rcl adds its source lines
-        return 1
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    code = 0
-    try:
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
         if node.get_parameter("autostart").value:
             started = node.trigger_configure() == TransitionCallbackReturn.SUCCESS
             if not started or node.trigger_activate() != TransitionCallbackReturn.SUCCESS:
                 code = 1
-        if code == 0:
-            executor.spin()
+        while code == 0 and rclpy.ok():
+            executor.spin_once(timeout_sec=0.2)  # bounded: Python sees a signal only between two waits
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except (ParameterProblem, RuntimeError, ValueError) as problem:
+        print(f"occflow: {str(problem).split(', at /')[0].strip()}", file=sys.stderr)  # rcl adds its source lines
+        code = 1
     finally:
         # a launch system and a terminal may both say stop: the second word must not tear what the first one closes
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        node.close()
-        executor.shutdown()
-        node.destroy_node()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if node is not None:
+            node.close()
+        if executor is not None:
+            executor.shutdown()
+        if node is not None:
+            node.destroy_node()
         rclpy.try_shutdown()
     return code
 

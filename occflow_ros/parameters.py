@@ -89,9 +89,19 @@ def read(node) -> Settings:
         CameraSettings(**{s.name: node.get_parameter(f"camera.{n}.{s.name}").value for s in fields(CameraSettings)})
         for n in names
     )
-    topics = [c.image_topic for c in cameras]
-    if len(set(topics)) != len(topics):
-        raise ParameterProblem(f"camera: two cameras share an image topic: {sorted(topics)}")
+    from rclpy.exceptions import InvalidTopicNameException
+    from rclpy.validate_topic_name import validate_topic_name
+
+    for kind in ("image_topic", "info_topic"):
+        topics = [getattr(c, kind) for c in cameras]
+        if len(set(topics)) != len(topics):
+            raise ParameterProblem(f"camera.*.{kind}: two cameras share a topic, got {sorted(topics)}")
+        for name, topic in zip(names, topics, strict=True):
+            try:
+                validate_topic_name(topic)
+            except InvalidTopicNameException as error:
+                text = " ".join(str(error).split())
+                raise ParameterProblem(f"camera.{name}.{kind}: {topic!r} is no topic's name ({text})") from None
     return Settings(**values, camera=cameras)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,8 +12,7 @@ import torch
 from occflow_core.runtime import Stream
 from occflow_core.types import Frame, Prediction
 
-from .assemble import Calibration, ImageSet, frame_of
-from .convert import Refused
+from .assemble import ImageSet, frame_of
 from .frames import TransformBuffer, TransformError
 from .health import Health
 
@@ -32,6 +31,7 @@ class Pipeline:
     def __init__(
         self,
         names: Sequence[str],  # of the cameras
+        topics: Sequence[str],  # their images', for what is said
         transforms: TransformBuffer,
         stream: Stream,
         health: Health,
@@ -39,8 +39,10 @@ class Pipeline:
         base_frame: str,
         tf_wait: float,  # s that a set may wait for its transforms
         min_cameras: int,
+        say: Callable[[str, str], None],  # (what it is about, a sentence); throttles by the first
     ):
-        self.names, self.transforms, self.stream, self.health = tuple(names), transforms, stream, health
+        self.names, self.topics, self.say = tuple(names), tuple(topics), say
+        self.transforms, self.stream, self.health = transforms, stream, health
         self.fixed_frame, self.base_frame, self.tf_wait = fixed_frame, base_frame, tf_wait
         self.min_cameras = min_cameras
         self._decoders = ThreadPoolExecutor(min(len(self.names), os.cpu_count() or 1), "decode")
@@ -48,15 +50,15 @@ class Pipeline:
     def close(self) -> None:
         self._decoders.shutdown()
 
-    def serve(self, images: ImageSet, calibrations: Sequence[Calibration | None]) -> Served | None:
-        """The prediction for a set, or None when it was refused; health has counted it and holds the reason."""
+    def serve(self, images: ImageSet) -> Served | None:
+        """The prediction for a set of Shots, or None when it was refused; why was said and counted."""
         begin = time.perf_counter()
-        images, pictures = self._decode(images, calibrations)
+        images, pictures = self._decode(images)
         if images is None:
             return None
         decoded = time.perf_counter()
         self.health.took("decode", decoded - begin)
-        images, frame = self._frame(images, pictures, calibrations)
+        images, frame = self._frame(images, pictures)
         if frame is None:
             return None
         self.health.took("assemble", time.perf_counter() - decoded)
@@ -65,35 +67,37 @@ class Pipeline:
             self.health.took(stage, seconds)
         return Served(images, prediction)
 
-    def _decode(self, images: ImageSet, calibrations) -> tuple[ImageSet | None, np.ndarray | None]:
+    def _decode(self, images: ImageSet) -> tuple[ImageSet | None, np.ndarray | None]:
         """Pictures (N, H, W, 3) uint8 RGB of the set; a broken one becomes a hole."""
-        sizes = {(c.height, c.width) for p, c in zip(images.pictures, calibrations, strict=True) if p is not None}
+        sizes = {(shot.picture.height, shot.picture.width) for shot in images.pictures if shot is not None}
         if len(sizes) > 1:
             text = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
-            self.health.dropped("sets", "picture sizes differ", f"cameras of one set must share a size, got {text}")
+            self._lost("picture sizes differ", f"a set was refused: its pictures are {text}, expected one size")
             return None, None
-        pictures = np.empty((len(self.names), *sizes.pop(), 3), np.uint8)
+        height, width = sizes.pop()
+        pictures = np.empty((len(self.names), height, width, 3), np.uint8)
 
-        def decode(camera: int) -> str | None:
-            picture = images.pictures[camera]
+        def decode(camera: int) -> Exception | None:
+            shot = images.pictures[camera]
             try:
-                if picture is not None:
-                    picture.decode_into(pictures[camera])
+                if shot is not None:
+                    shot.picture.decode_into(pictures[camera])
                     return None
-            except Refused as refused:
-                return str(refused)
+            except Exception as error:  # whatever it is, it costs one camera and not the set
+                shot = None
+                return error
             finally:
-                if picture is None:
+                if shot is None:
                     pictures[camera] = 0
             return None
 
-        for camera, reason in enumerate(self._decoders.map(decode, range(len(self.names)))):
-            if reason is not None:
-                pictures[camera] = 0
-                images = self._hole(images, camera, "broken image", reason)
+        for camera, error in enumerate(self._decoders.map(decode, range(len(self.names)))):
+            if error is not None:
+                sentence = f"{self.topics[camera]}: refused: {error}, expected a whole picture of {width} x {height}"
+                images = self._hole(images, camera, "broken image", sentence)
         return self._enough(images), pictures
 
-    def _frame(self, images: ImageSet, pictures: np.ndarray, calibrations) -> tuple[ImageSet | None, Frame | None]:
+    def _frame(self, images: ImageSet, pictures: np.ndarray) -> tuple[ImageSet | None, Frame | None]:
         """The Frame of decoded pictures; a camera whose transforms are unknown becomes a hole."""
         until = time.monotonic() + self.tf_wait
 
@@ -108,23 +112,29 @@ class Pipeline:
             if stamp is None:
                 continue
             try:
-                mounts[camera] = look_up(self.base_frame, calibrations[camera].optical_frame, stamp)
+                mounts[camera] = look_up(self.base_frame, images.pictures[camera].calibration.optical_frame, stamp)
                 poses[camera] = look_up(self.fixed_frame, self.base_frame, stamp)
             except TransformError as error:
                 pictures[camera] = 0
-                images = self._hole(images, camera, "no transform", str(error))
+                images = self._hole(images, camera, "no transform", f"{self.topics[camera]}: refused: {error}")
         if self._enough(images) is None:
             return None, None
         newest = images.stamps.index(images.stamp)
-        return images, frame_of(images, self.names, pictures, calibrations, mounts, poses, poses[newest])
+        return images, frame_of(images, self.names, pictures, mounts, poses, poses[newest])
 
     def _hole(self, images: ImageSet, camera: int, reason: str, sentence: str) -> ImageSet:
         self.health.dropped(self.names[camera], reason, sentence)
+        self.say(f"{self.names[camera]} {reason}", sentence)
         return images.without(camera)
 
+    def _lost(self, reason: str, sentence: str) -> None:
+        self.health.dropped("sets", reason, sentence)
+        self.say(reason, sentence)
+
     def _enough(self, images: ImageSet) -> ImageSet | None:
-        here = sum(picture is not None for picture in images.pictures)
+        here = sum(shot is not None for shot in images.pictures)
         if here >= max(1, self.min_cameras):
             return images
-        self.health.dropped("sets", "too few usable cameras", f"{here} usable of {len(self.names)} cameras")
+        least = max(1, self.min_cameras)
+        self._lost("too few usable cameras", f"a set was refused: {here} usable cameras, expected at least {least}")
         return None

@@ -37,6 +37,9 @@ def test_the_numpy_reader_reads_what_we_write():
     assert np.array_equal(labels, truth.labels[at])
     assert np.allclose(velocity, truth.flow[at]) and np.allclose(confidence, truth.score[at], atol=0.003)
     assert np.array_equal(unobserved, truth.unobserved.numpy())
+    bare = packed(truth) | {"confidence": np.empty(0, np.uint8), "unobserved": np.empty(0, np.uint8)}
+    _, _, confidence, _, unobserved = names["read"](message(bare))
+    assert (confidence == 1).all() and unobserved is None
 
 
 def test_every_file_of_the_map_exists_and_every_module_is_on_the_map():
@@ -49,6 +52,12 @@ def test_every_file_of_the_map_exists_and_every_module_is_on_the_map():
     there = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
     missing = {Path(name).name for name in named} - there
     assert not missing, f"the README's map shows files that do not exist: {missing}"
+
+
+def test_nothing_waits_to_be_filled_in_and_every_picture_is_there():
+    assert not re.findall(r"^[A-Z]{3,}$", README, re.MULTILINE)
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / name).is_file(), name
 
 
 def test_both_commands_stand_in_the_readme():

@@ -36,4 +36,4 @@ def convert(model: str, authors_file: Path | str, out: Path | str) -> None:
         load_strictly(filled, tensors, made.NAMES, filled.constants())
     except ValueError as error:
         raise ValueError(f"convert: {authors_file} as {model}: {error}") from error
-    save(filled, model, resize="pillow", path=out)
+    save(filled, model, resize="pillow", path=out, trained=True)

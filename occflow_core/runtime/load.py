@@ -16,6 +16,7 @@ from ..systems import SYSTEMS
 from ..systems.base import load_strictly, seeded
 from .prepare import RESIZES
 
+_ABOUT = {"system", "preset", "resize", "trained", "config"}  # what a file says about itself
 FORMAT = "occflow"  # the key of our JSON in the file's metadata
 
 
@@ -61,17 +62,21 @@ def load(
         load_strictly(built, tensors)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{weights} does not fit {model}: {error}") from error
-    return Model(built.eval().to(device), model, True, about["resize"], digest)
+    name = model if about["trained"] else f"{model} (untrained)"
+    return Model(built.eval().to(device), name, about["trained"], about["resize"], digest)
 
 
-def save(system: nn.Module, model: str, resize: str, path: Path | str) -> None:
-    """Write weights so that `load(model, path)` has them back. The file appears whole or not at all."""
+def save(system: nn.Module, model: str, resize: str, path: Path | str, *, trained: bool) -> None:
+    """Write weights so that `load(model, path)` has them back. The file appears whole or not at all.
+
+    trained: whether the weights have learned anything; files of random ones go on saying "(untrained)".
+    """
     from safetensors.torch import save_file
 
     name, preset = parse(model)
     if resize not in RESIZES or not isinstance(system, SYSTEMS[name]):
         raise ValueError(f"save: {model} with resize {resize!r} does not describe a {type(system).__name__}")
-    about = {"system": name, "preset": preset, "resize": resize, "config": asdict(system.config)}
+    about = {"system": name, "preset": preset, "resize": resize, "trained": trained, "config": asdict(system.config)}
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in system.state_dict().items()}
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -104,8 +109,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
     except (SafetensorError, ValueError) as error:
         hint = "`occflow convert` takes the authors' files"
         raise ValueError(f"{path} is not a safetensors file ({error}); {hint}") from error
-    if not isinstance(about, dict) or not {"system", "preset", "resize", "config"} <= about.keys():
+    if not isinstance(about, dict) or not about.keys() >= _ABOUT:
         raise ValueError(f"{path} does not say which model it holds; `occflow convert` and `save` write files that do")
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} holds weights that are not finite: {', '.join(broken[:5])}; it cannot be used")
     return about, tensors, sha256(path.read_bytes()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Frames in, predictions out: the one job of this package."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from time import perf_counter
 
 import torch
@@ -58,6 +58,9 @@ class Stream:
         if self.last is not None and not follows(self.last, frame, self.longest_gap):
             self.forget()
         output, memory = system(Clip.of(frame, after=self.last).to(device), self.memory)
+        if not _finite(output):  # NaN scores nothing: it would read as free space, and stay in the memory
+            self.forget()
+            raise FloatingPointError("the network's output is not finite (NaN or infinite); its memory was forgotten")
         self.memory, self.last = memory, frame  # together: a step that fails leaves the drive as it was
         if device.type == "cuda":  # else its work would be counted as decoding
             torch.cuda.synchronize(device)
@@ -73,6 +76,15 @@ class Stream:
         stages = ("prepare", "network", "voxels", "visibility")
         self.seconds = {stage: end - start for stage, start, end in zip(stages, clock, clock[1:], strict=False)}
         return prediction
+
+
+def _finite(output) -> bool:
+    """Are all tensors of a system's output finite? Looks into dataclasses and sequences."""
+    if isinstance(output, Tensor):
+        return bool(torch.isfinite(output).all())
+    if is_dataclass(output):
+        return all(_finite(getattr(output, f.name)) for f in fields(output))
+    return all(_finite(part) for part in output) if isinstance(output, (tuple, list)) else True
 
 
 def follows(last: Frame, frame: Frame, longest_gap: float) -> bool:

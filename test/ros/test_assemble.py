@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from occflow_core.geometry import rigid
-from occflow_ros.assemble import Calibration, Collector, ImageSet, Mailbox, frame_of
+from occflow_ros.assemble import Calibration, Collector, ImageSet, Mailbox, Shot, frame_of
 
 MS = 1_000_000
 PERIOD = 1 / 12
@@ -140,6 +140,27 @@ def test_impossible_and_repeated_stamps_are_dropped_and_counted(stamps, reason):
     assert collector.dropped[0, reason] == 1
 
 
+@pytest.mark.parametrize("skew", [-2.0, -0.5, -0.2, 0.2, 0.5, 2.0])
+def test_one_camera_with_a_wrong_clock_costs_that_camera_only(skew):
+    def clock(c):
+        return round(skew * 1e9) if c == 2 else 0
+
+    events = [(now, c, stamp + clock(c)) for now, c, stamp in steady_rig(120)]
+    collector = Collector(6, PERIOD)
+    sets = feed(collector, events)
+    good = [s for s in sets if sum(p is not None for p in s.pictures) >= 5 and s.pictures[2] is None]
+    assert len(good) >= 115  # the first sets form before the others have spoken
+    assert collector.lap == 0
+    assert sum(collector.dropped[2, reason] for reason in ("late", "clock ahead of the other cameras")) >= 115
+
+
+def test_after_a_pause_of_all_cameras_no_set_is_lost():
+    before = steady_rig(10)
+    after = [(now + 5.0, c, stamp + 5_000 * MS) for now, c, stamp in before]
+    sets = feed(Collector(6, PERIOD), before + after)
+    assert len(sets) == 20 and all(s.complete for s in sets)
+
+
 def test_sets_below_the_minimum_are_dropped_and_counted():
     collector = Collector(3, PERIOD, min_cameras=2)
     collector.add(0, START, "a", 0.0)
@@ -169,18 +190,17 @@ def test_in_the_mailbox_the_newest_letter_wins_and_closing_wakes_the_reader():
 
 
 def test_a_frame_carries_the_cars_motion_between_each_cameras_stamp_and_the_sets():
-    images = ImageSet(("a", None, "c"), (START, None, START + 40 * MS), lap=3)
+    calibration = Calibration(np.array([[500.0, 0, 80], [0, 500.0, 45], [0, 0, 1]]), 90, 160, "cam")
+    images = ImageSet((Shot("a", calibration), None, Shot("c", calibration)), (START, None, START + 40 * MS), lap=3)
     forward = torch.eye(4, dtype=torch.float64)
     forward[0, 3] = 0.4  # 10 m/s for 40 ms
     mount = rigid.from_quaternion((0.5, -0.5, 0.5, -0.5), (1.7, 0.0, 1.5))
     world_then = rigid.from_quaternion((0.9, 0.0, 0.0, 0.4), (600.0, 1647.0, 0.0))
     world_now = world_then @ forward
-    calibration = Calibration(np.array([[500.0, 0, 80], [0, 500.0, 45], [0, 0, 1]]), 90, 160, "cam")
     frame = frame_of(
         images,
         ["a", "b", "c"],
         np.zeros((3, 90, 160, 3), np.uint8),
-        [calibration, None, calibration],
         [mount, None, mount],
         [world_then, None, world_now],
         world_now,

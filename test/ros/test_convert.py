@@ -126,6 +126,7 @@ def info(**change):
         k=k,
         p=p,
         d=[0.0] * 5,
+        r=[1.0, 0, 0, 0, 1, 0, 0, 0, 1],
         distortion_model="plumb_bob",
         binning_x=0,
         binning_y=0,
@@ -160,6 +161,24 @@ def test_raw_images_use_k_and_rectified_images_use_p():
 def test_calibration_that_does_not_hold_is_refused_never_guessed(change, words):
     with pytest.raises(Refused, match=words):
         convert.calibration(info(**change), rectified=False)
+
+
+def test_rectified_cameras_of_a_stereo_pair_are_refused():
+    turned = [0.995, 0.1, 0, -0.1, 0.995, 0, 0, 0, 1]
+    shifted = [400.0, 0.0, 15.0, -80.0, 0.0, 400.0, 11.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    for change in ({"r": turned}, {"p": shifted}):
+        with pytest.raises(Refused, match="stereo pair"):
+            convert.calibration(info(**change), rectified=True)
+        convert.calibration(info(**change), rectified=False)
+
+
+def test_many_different_broken_images_have_one_reason():
+    reasons = set()
+    for size in range(20, 120):
+        with pytest.raises(Refused) as refused:
+            convert.compressed_picture(compressed(b"x" * size))
+        reasons.add(refused.value.reason)
+    assert reasons == {"unknown format"}
 
 
 def test_a_transform_of_nan_or_a_zero_quaternion_is_refused():
@@ -251,3 +270,12 @@ def test_markers_show_what_moves_and_nothing_else(ros):
     assert shaft[0] == pytest.approx([0.2, 0.2, 0.0]) and shaft[1] - shaft[0] == pytest.approx([3.0, -4.0, 0.0])
     nothing = convert.markers(street(), header, 100.0).markers
     assert all(m.action == m.DELETE for m in nothing)
+
+
+def test_markers_of_things_that_stand_or_are_nonsense_are_finite(ros):
+    broken = street()
+    broken.flow[10, 10, 1] = torch.tensor([float("inf"), 0.0])
+    header = convert.voxel_flow(broken, 1, "base_link", ["a"], [1], "net", 0.0).header
+    cubes, arrows = convert.markers(broken, header, 0.0).markers
+    assert len(cubes.points) == 1 and len(arrows.points) == 6
+    assert all(np.isfinite([p.x, p.y, p.z]).all() for p in arrows.points)

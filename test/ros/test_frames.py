@@ -82,6 +82,22 @@ def test_stamps_that_go_back_drop_the_lap_before_and_keep_what_is_static(buffer)
     buffer.lookup("base_link", "cam", 1 * S)
 
 
+def test_a_stale_publisher_does_not_wipe_what_others_say(buffer):
+    for k in range(5):
+        buffer.add("base_link", "wheel", 2 * S + k, pose(), static=False)  # nine seconds behind the car's own pose
+    assert torch.equal(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
+    with pytest.raises(ValueError, match="base_link <- wheel has no stamp"):
+        buffer.add("base_link", "wheel", 0, pose(), static=False)
+    assert torch.equal(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
+
+
+@pytest.mark.parametrize(("source", "stamp"), [("nobody", 11 * S), ("base_link", 5 * S)])
+def test_nobody_waits_for_what_cannot_come(buffer, monkeypatch, source, stamp):
+    monkeypatch.setattr(buffer._condition, "wait", lambda *_: pytest.fail("it waited"), raising=False)
+    with pytest.raises(TransformError):
+        buffer.wait("map", source, stamp, 60.0)
+
+
 def test_history_is_bounded(buffer):
     for k in range(1000):
         buffer.add("map", "base_link", 11 * S + k * S // 10, pose(k), static=False)

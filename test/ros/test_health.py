@@ -10,6 +10,7 @@ def running(until=10.0, cameras=("a", "b")) -> Health:
     for k in range(int(until * 10) + 1):
         for name in cameras:
             health.image(name, k / 10)
+            health.used(name, k / 10)
         health.served(k / 10)
     return health
 
@@ -36,6 +37,7 @@ def test_a_silent_camera_is_an_error_of_its_own_and_a_warning_of_the_whole():
     health = running()
     for k in range(101, 140):
         health.image("b", k / 10)
+        health.used("b", k / 10)
         health.served(k / 10)
     assert level(health, 13.9) == {"occupancy": WARN, "a": ERROR, "b": OK}
     assert "running without a" in health.report(13.9)[0].message
@@ -61,10 +63,25 @@ def test_the_collectors_totals_replace_they_do_not_add():
     assert camera.values["dropped: late"] == 3 and whole.values["sets dropped: too few cameras"] == 1
 
 
-def test_log_lines_are_throttled_by_key_and_news_come_once():
+def test_a_camera_whose_images_come_but_are_never_used_is_an_error():
+    health = running()
+    for k in range(101, 140):
+        for name in ("a", "b"):
+            health.image(name, k / 10)
+        health.used("b", k / 10)
+        health.dropped("a", "broken image", "/a/image: refused: a broken JPEG")
+        health.served(k / 10)
+    assert level(health, 13.9) == {"occupancy": WARN, "a": ERROR, "b": OK}
+    assert "none of them can be used (latest: /a/image: refused: a broken JPEG)" in health.report(13.9)[1].message
+
+
+def test_an_inactive_node_is_silent_on_purpose():
+    health = running()
+    health.active = False
+    assert set(level(health, 99.0).values()) == {OK}
+
+
+def test_log_lines_are_throttled_by_key():
     health = Health(["a"], "net")
     assert [health.may_say("x", t) for t in (0.0, 4.9, 5.1)] == [True, False, True]
     assert health.may_say("y", 1.0)
-    health.dropped("a", "broken image", "first")
-    health.dropped("a", "broken image", "second")
-    assert health.news() == [("a", "second")] and health.news() == []

@@ -126,11 +126,17 @@ def test_what_is_broken_is_refused_by_name_and_the_rest_goes_on(tmp_path):
     bits = {name: i for i, name in enumerate(messages[0].cameras)}
     expected = sum(1 << bits[c] for c in cameras if c not in ("cam_front", "cam_back", "cam_back_right"))
     assert {m.cameras_used for m in messages} == {expected}
-    assert "broken JPEG" in recording.log
-    assert "no usable CameraInfo on /cam_back_left/camera_info_nobody_sends" in recording.log
+    # one line each in five seconds, with the topic, what came and what was expected
+    assert "/cam_front/image_raw/compressed: refused: a broken JPEG" in recording.log
+    assert "expected a whole picture of 320 x 180" in recording.log
+    unheard = "/cam_back/image_raw/compressed: refused: no usable CameraInfo on /cam_back_left/camera_info_nobody_sends"
+    assert unheard in recording.log
+    for words in ("broken JPEG", "camera_info_nobody_sends yet"):
+        assert 1 <= recording.log.count(words) <= 3, recording.log
     assert recording.node_exit == 0
     told = recording.cameras()
     assert int(told["cam_front"]["dropped: broken image"]) >= 6
+    assert "no" in told["cam_front"]["message"]  # its images came, none could be used
     assert "no image yet" in told["cam_back_right"]["message"]
 
 
@@ -149,7 +155,7 @@ def node(*arguments: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST", "ROS_DOMAIN_ID": "102"},
+        env={**os.environ, "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST", "ROS_DOMAIN_ID": "97"},
     )
 
 
@@ -160,6 +166,9 @@ def node(*arguments: str) -> subprocess.CompletedProcess:
         (["-p", "min_cameras:=9"], "min_cameras out of range"),
         (["-p", "camera_rate:=fast"], "camera_rate"),
         (["-p", "min_cameras:=7"], "min_cameras: 7 of 6"),
+        (["-p", "camera.cam_front.info_topic:='bad topic'"], "camera.cam_front.info_topic: 'bad topic'"),
+        (["-p", "cameras:=['cam-front', b]"], "camera.cam-front.image_topic"),
+        (["-p", "camera.cam_back.info_topic:=/cam_front/camera_info"], "two cameras share a topic"),
         (["-p", "cameras:=[a,a]"], "different names, got ['a', 'a']"),
         (["-p", "weights:=nowhere.safetensors"], "nowhere.safetensors"),
         (["-p", "model:=opus-nanoo"], "nearest is 'opus-nano'"),

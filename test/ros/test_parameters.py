@@ -58,9 +58,10 @@ rclpy = pytest.importorskip("rclpy", reason="needs ROS 2") if __name__ != "__mai
 
 
 @pytest.fixture
-def context():
+def context(monkeypatch):
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     context = rclpy.Context()
-    rclpy.init(context=context, domain_id=103)
+    rclpy.init(context=context, domain_id=98)
     yield context
     rclpy.try_shutdown(context=context)
 
@@ -113,6 +114,22 @@ def test_configure_can_fail_and_then_succeed_in_the_same_process_and_all_is_give
             assert subscriptions() == configured
         assert node.trigger_cleanup() == Result.SUCCESS
         assert subscriptions() == before
+
+
+@pytest.mark.dds
+def test_an_activation_that_fails_says_so_leaves_nothing_and_can_be_mended(node, monkeypatch):
+    from rclpy.lifecycle import TransitionCallbackReturn as Result
+
+    from occflow_ros import node as module
+
+    assert node.trigger_configure() == Result.SUCCESS
+    configured = sorted(s.topic_name for s in node.subscriptions)
+    monkeypatch.setattr(module, "Pipeline", lambda *_: 1 / 0)
+    assert node.trigger_activate() == Result.FAILURE
+    assert sorted(s.topic_name for s in node.subscriptions) == configured
+    monkeypatch.undo()
+    assert node.trigger_activate() == Result.SUCCESS
+    assert node.trigger_deactivate() == Result.SUCCESS
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_without_weights_a_model_is_untrained_says_so_and_repeats_itself():
 
 def test_what_was_saved_is_loaded_and_signed(tmp_path):
     system = build()
-    save(system, "opus-nano", "fast", tmp_path / "weights.safetensors")
+    save(system, "opus-nano", "fast", tmp_path / "weights.safetensors", trained=True)
     model = load("opus-nano", tmp_path / "weights.safetensors")
     assert equal(model.system, system) and model.system.config == system.config
     assert (model.name, model.trained, model.resize, len(model.weights)) == ("opus-nano", True, "fast", 64)
@@ -46,7 +46,7 @@ def test_what_was_saved_is_loaded_and_signed(tmp_path):
 
 def test_a_file_brings_the_config_it_was_trained_with(tmp_path):
     wider = replace(CONFIG, queries=33, threshold=0.4)
-    save(build(wider), "opus-nano", "fast", tmp_path / "w.safetensors")
+    save(build(wider), "opus-nano", "fast", tmp_path / "w.safetensors", trained=True)
     assert load("opus-nano", tmp_path / "w.safetensors").system.config == wider
 
 
@@ -70,7 +70,7 @@ def test_files_that_are_not_ours_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="does not say which model"):
         load("opus-nano", tmp_path / "foreign.safetensors")
     whole = tmp_path / "whole.safetensors"
-    save(build(), "opus-nano", "fast", whole)
+    save(build(), "opus-nano", "fast", whole, trained=True)
     (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is not a safetensors file"):
         load("opus-nano", tmp_path / "cut.safetensors")
@@ -78,16 +78,16 @@ def test_files_that_are_not_ours_are_refused_in_one_sentence(tmp_path):
 
 def test_weights_of_another_model_or_shape_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
-    save(build(PUBLISHED), "opus-tiny", "pillow", path)
+    save(build(PUBLISHED), "opus-tiny", "pillow", path, trained=True)
     with pytest.raises(ValueError, match="holds opus-tiny, not opus-nano"):
         load("opus-nano", path)
 
-    about = {"system": "opus", "preset": "nano", "resize": "fast", "config": {"height": 3}}
+    about = {"system": "opus", "preset": "nano", "resize": "fast", "trained": True, "config": {"height": 3}}
     save_file(build().state_dict(), path, metadata={"occflow": json.dumps(about)})
     with pytest.raises(ValueError, match=r"does not fit opus-nano: its config differs in \['as_published', 'channels'"):
         load("opus-nano", path)
 
-    save(build(), "opus-nano", "fast", path)
+    save(build(), "opus-nano", "fast", path, trained=True)
     tensors = load_file(path)
     tensors["extra"] = tensors.pop("queries.weight")
     tensors["neck.output.1.bias"] = torch.zeros(3)
@@ -113,10 +113,10 @@ def test_saving_that_fails_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
-        save(build(), "opus-nano", "fast", path)
+        save(build(), "opus-nano", "fast", path, trained=True)
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"] and path.read_text() == "before"
     with pytest.raises(ValueError, match="does not describe"):
-        save(build(), "opus-nano", "nearest", path)
+        save(build(), "opus-nano", "nearest", path, trained=True)
 
 
 def test_the_authors_checkpoint_becomes_a_file_of_ours(tmp_path):
@@ -168,3 +168,18 @@ def test_nothing_in_a_foreign_checkpoint_is_run(tmp_path, capsys):
 def test_every_system_is_one_word_with_presets_and_names():
     assert SYSTEMS.keys() == {"opus"}
     assert all(made.PRESETS and made.NAMES for made in SYSTEMS.values())
+
+
+def test_random_weights_in_a_file_still_say_untrained(tmp_path):
+    save(build(), "opus-nano", "fast", tmp_path / "w.safetensors", trained=False)
+    model = load("opus-nano", tmp_path / "w.safetensors")
+    assert model.name == "opus-nano (untrained)" and not model.trained
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    system = build()
+    with torch.no_grad():
+        system.queries.weight[0, 0] = float("nan")
+    save(system, "opus-nano", "fast", tmp_path / "w.safetensors", trained=True)
+    with pytest.raises(ValueError, match="not finite: queries.weight"):
+        load("opus-nano", tmp_path / "w.safetensors")
