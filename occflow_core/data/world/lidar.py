@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import shade_numba as loops
 from .meshes import GLASS, GRASS, MARKING, METAL, PAINT, SIGNAL, SOIL, WATER
 from .tracer import Tracer
 from .traffic import Actor
@@ -48,7 +49,7 @@ def sweep(
 ) -> Sweep:
     """Cast, measured with noise, some lost: far, dark, wet or mirroring things answer less often."""
     local, ring = rays()
-    directions = (local @ world_from_lidar[:3, :3].T).astype(np.float32)
+    directions = loops.turned(local, world_from_lidar[:3, :3].copy(), np.zeros(3)).astype(np.float32)
     origins = np.broadcast_to(world_from_lidar[:3, 3].astype(np.float32), directions.shape).copy()
     hits = tracer.cast(origins, directions, actors, poses, time)
     noise, luck, spark = rng.normal(0, _NOISE, len(local)), rng.random(len(local)), rng.normal(0, 3.0, len(local))

@@ -186,8 +186,8 @@ class Painter:
         seen, seen_poses = [actors[k] for k in seen], poses[seen]
         table = _Table(self, seen, seen_poses, time, world_from_car)
         rays, u, v = self._fan(matrix, size)
-        turn = world_from_camera[:3, :3].astype(np.float32)
-        directions = rays @ turn.T
+        turn, stay = world_from_camera[:3, :3].astype(np.float32), np.zeros(3, np.float32)
+        directions = loops.turned(rays, turn, stay)
         origins = np.broadcast_to(eye, directions.shape).copy()
         pixel = 1.0 / matrix[0, 0]
         hits = self.tracer.cast(origins, directions, seen, seen_poses, time)
@@ -202,7 +202,7 @@ class Painter:
             bright = 4.0 / light.exposure  # one glint must not outshine the pixel
             np.minimum(total, bright, out=total)
             for du, dv in _MORE:
-                more = _rays(matrix, u[chosen] + 0.5 + du, v[chosen] + 0.5 + dv) @ turn.T
+                more = loops.turned(_rays(matrix, u[chosen] + 0.5 + du, v[chosen] + 0.5 + dv), turn, stay)
                 again = self.tracer.cast(origins[: len(chosen)], more, seen, seen_poses, time)
                 light_here = lit[chosen] if soft else self._lit(eye, more, again, casters, caster_poses, time)
                 shade = self._shade(eye, more, again, light_here, table, pixel)

@@ -20,6 +20,7 @@ from ...ops.visibility import observed
 from ...types import OCC3D, OPENOCC
 from . import truth_numba as loops
 from .lidar import Sweep
+from .shade_numba import turned
 from .tracer import Tracer
 from .traffic import Traffic
 
@@ -67,7 +68,7 @@ def occupancy(
     reach = np.linalg.norm(np.abs([grid.low, grid.high]).max(0))
     area = np.zeros((*grid.shape, len(OCC3D.names)), np.float32)
     static = tracer.static
-    places = static.vertices @ car_from_world[:3, :3].T + car_from_world[:3, 3]
+    places = turned(static.vertices, car_from_world[:3, :3].copy(), car_from_world[:3, 3].copy())
     n = len(static.faces)
     loops.stamp(places, static.faces, tracer.classes[:n], low, voxel, SPACING, area)
     shown = []
@@ -118,7 +119,8 @@ def masks(
         if abs(shot.time - time) > _WINDOW + 1e-6:
             continue
         car_from_lidar = car_from_world @ world_from_lidar
-        points = sweep.points[:, :3] @ car_from_lidar[:3, :3].T + car_from_lidar[:3, 3]
+        local = sweep.points[:, :3].astype(np.float64)
+        points = turned(local, car_from_lidar[:3, :3].copy(), car_from_lidar[:3, 3].copy())
         loops.observe(car_from_lidar[:3, 3].copy(), points, empty, seen, low, voxel)
         for number in np.unique(sweep.actor[sweep.actor >= 0]):
             mine = sweep.actor == number
