@@ -374,7 +374,9 @@ def _message(package: str, name: str):
 def main(arguments: list[str] | None = None) -> int:
     """`ros2 run occflow_ros node`. Exit code 0 after SIGINT or SIGTERM, 1 when it cannot start."""
     _message("occflow_msgs", "VoxelFlow"), _message("tf2_msgs", "TFMessage")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a launch system's stop is an ordinary stop
+    # a launch system's stop is an ordinary stop; SIGINT too is set, since shells start background jobs deaf to it
+    for word in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(word, signal.default_int_handler)
     node, executor, code = None, None, 0
     try:
         # our own handling of signals: rclpy's would close the context under a worker that is still publishing

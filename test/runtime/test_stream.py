@@ -7,6 +7,7 @@ from systems.rig import drive, frame, turn
 from systems.small import CONFIG, build
 from torch import nn
 
+from occflow_core.data import pattern
 from occflow_core.geometry import rigid
 from occflow_core.runtime import Model, Stream, load, stream
 from occflow_core.types import NANO, Clip, Prediction
@@ -183,3 +184,19 @@ def test_nano_steps_through_six_cameras_of_full_size():
     assert prediction.labels.shape == (200, 200, 16) and prediction.flow.shape == (200, 200, 16, 2)
     assert int((prediction.labels != 17).sum()) > 1000
     assert 0.1 < prediction.unobserved.float().mean() < 0.9
+
+
+def test_nan_in_the_network_is_an_error_and_forgotten_never_free_space():
+    model = load("opus-nano")
+    stream = Stream(model)
+    frames = list(pattern.drive(2, height=90, width=160))
+    stream.step(frames[0])
+    weight = model.system.queries.weight
+    with torch.no_grad():
+        kept, weight[0, 0] = weight[0, 0].clone(), float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        stream.step(frames[1])
+    assert stream.memory is None and stream.last is None
+    with torch.no_grad():
+        weight[0, 0] = kept
+    stream.step(frames[1])
