@@ -58,6 +58,11 @@ class Placed:
     points: np.ndarray  # (P, 3) float32
     starts: np.ndarray  # (R, 3) float32: pieces of rays inside the grown box,
     stops: np.ndarray  # (R, 3) float32: up to where they hit something or left it
+    gone: tuple[int, ...] = ()  # stamps, ns, at which beams went through where it should have stood
+
+    def at(self, stamp: int) -> np.ndarray | None:
+        """world_from_box as the track tells it, unless it was seen to be gone since, or not to have come yet."""
+        return None if _went(self.track, self.gone, stamp) else self.track.at(stamp)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,12 @@ def aggregate(sweeps: Iterable[Sweep], tracks: Sequence[Track], settings: Settin
     sweep = np.repeat(np.arange(len(seen), dtype=np.int32), np.diff(begin))
     eyes, cars = np.stack([s.eye for s in seen]), np.stack([s.car for s in seen])
     stamps = np.array([s.stamp for s in seen], dtype=np.int64)
+    gone = [tuple(s.stamp for s in seen if i in s.gone) for i in range(len(tracks))]
+    for i, track in enumerate(tracks):
+        for s in range(len(seen)) if gone[i] else ():
+            if _went(track, gone[i], stamps[s]):  # somebody else's: of no object, and not sure to be of the world
+                mine = box[begin[s] : begin[s + 1]]
+                mine[mine == i] = -2
     del seen
 
     # the standing world and the objects, as far as labels tell
@@ -143,7 +154,7 @@ def aggregate(sweeps: Iterable[Sweep], tracks: Sequence[Track], settings: Settin
     map_low, height, kind = ground_map(ends[stays], label[stays], settings.cell)
     extra, extra_kind = filled(map_low, height, kind, settings)
     objects = [
-        _placed(track, stamps, np.flatnonzero(of_object & (box == i)), ends, begin, eyes, origin, settings)
+        _placed(track, gone[i], stamps, np.flatnonzero(of_object & (box == i)), ends, begin, eyes, origin, settings)
         for i, track in enumerate(tracks)
     ]
     return Cloud(
@@ -175,6 +186,7 @@ class _Seen:
     car: np.ndarray  # (3,), local
     stamp: int  # ns
     labelled: bool
+    gone: tuple[int, ...]  # tracks that should stand somewhere, where beams went through
 
 
 def _look(sweep: Sweep, tracks: Sequence[Track], origin: np.ndarray, settings: Settings) -> _Seen:
@@ -194,7 +206,14 @@ def _look(sweep: Sweep, tracks: Sequence[Track], origin: np.ndarray, settings: S
     local_from_car = world_from_car.copy()
     local_from_car[:3, 3] -= origin
     points = (car @ local_from_car[:3, :3].T + local_from_car[:3, 3]).astype(np.float32)
-    poses = [track.at(sweep.stamp) for track in tracks]
+    eye = (local_from_car @ car_from_lidar)[:3, 3]
+    poses, empty = [track.at(sweep.stamp) for track in tracks], []
+    for i, (pose, track) in enumerate(zip(poses, tracks)):
+        if pose is None or not track.assumed(sweep.stamp) or np.linalg.norm(pose[:3, 3] - origin - eye) > 60:
+            continue
+        if _through(points, eye, pose, track, origin):
+            empty.append(i)
+            poses[i] = None
     there = [i for i, pose in enumerate(poses) if pose is not None]
     box, depth = np.full(len(points), -1, np.int32), np.zeros(len(points), np.float32)
     if there:
@@ -213,8 +232,28 @@ def _look(sweep: Sweep, tracks: Sequence[Track], origin: np.ndarray, settings: S
             points, label, box_from_local, half, np.zeros(len(gone), np.uint8), settings.ring, settings.ring
         )
         box[(place >= 0) & (box < 0)] = -2
-    eye = (local_from_car @ car_from_lidar)[:3, 3]
-    return _Seen(points, label, box, depth, eye, local_from_car[:3, 3], sweep.stamp, sweep.labels is not None)
+    labelled, car = sweep.labels is not None, local_from_car[:3, 3]
+    return _Seen(points, label, box, depth, eye, car, sweep.stamp, labelled, tuple(empty))
+
+
+def _through(points, eye, pose, track: Track, origin) -> bool:
+    """Do beams go through the middle of a box as if nothing stood there? (Windows let a few pass.)"""
+    box_from_local, half = boxes([pose], [track], origin)
+    ray, _, leave = crossings(points, eye, box_from_local, 0.7 * half)
+    passed = int((leave < 1).sum())
+    if passed < 10:
+        return False
+    local = points @ box_from_local[0, :3, :3].T + box_from_local[0, :3, 3]
+    hits = int((np.abs(local) <= half[0]).all(1).sum())
+    return 2 * hits < passed
+
+
+def _went(track: Track, gone: Sequence[int], stamp: int) -> bool:
+    """Was it seen to be gone between its nearest annotation and a stamp?"""
+    if not gone:
+        return False
+    near = track.annotated(stamp)
+    return any(min(near, stamp) <= g <= max(near, stamp) for g in gone)
 
 
 def boxes(poses: Sequence[np.ndarray], tracks: Sequence[Track], origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -428,12 +467,12 @@ def _by_height(ends, box, cars, settings: Settings) -> tuple[np.ndarray, np.ndar
 # ---- the objects
 
 
-def _placed(track, stamps, mine, ends, begin, eyes, origin, settings: Settings) -> Placed:
+def _placed(track, gone, stamps, mine, ends, begin, eyes, origin, settings: Settings) -> Placed:
     """Points and pieces of rays of one track, from all sweeps, in the frame of its box."""
     points, starts, stops = [np.empty((0, 3), np.float32)], [], []
     grown = np.array(track.size) / 2 + settings.ring
     for s, stamp in enumerate(stamps):
-        pose = track.at(stamp)
+        pose = None if _went(track, gone, stamp) else track.at(stamp)
         if pose is None:
             continue
         box_from_local, _ = boxes([pose], [track], origin)
@@ -449,7 +488,7 @@ def _placed(track, stamps, mine, ends, begin, eyes, origin, settings: Settings) 
         starts.append((eye + way * enter[:, None]).astype(np.float32))
         stops.append((eye + way * leave[:, None]).astype(np.float32))
     nothing = [np.empty((0, 3), np.float32)]
-    return Placed(track, np.concatenate(points), np.concatenate(nothing + starts), np.concatenate(nothing + stops))
+    return Placed(track, np.concatenate(points), *(np.concatenate(nothing + p) for p in (starts, stops)), gone)
 
 
 def crossings(ends, eye, box_from_local, half) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

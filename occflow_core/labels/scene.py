@@ -14,6 +14,8 @@ from ..geometry import Cameras, rigid
 from ..types import NANO, OCC3D
 
 UNLABELLED = 255  # label of a point that nobody classified
+STANDS = 0.2  # m/s, below which an object stands (OpenOcc)
+STAYS = 5.0  # s that an object which stands is taken to stay where it was, before and after its annotations
 GAP = 1.5  # s between two annotations of an object, above which nothing between them is known (devkit, box_velocity)
 
 
@@ -76,7 +78,8 @@ class Track:
 
         Between annotations: cubic, with the velocities of `motion` at both ends, because a car that brakes or turns is
         up to 12 cm off the straight line. `beyond`: s before the first and after the last annotation of a stretch
-        that its motion is carried on for.
+        that its motion is carried on for. What stands is not annotated while nobody sees it, and is there all the same:
+        it stays for STAYS, and in between if it stands at the same place afterwards.
         """
         knots = self._knots
         t, i = knots.place(stamp)
@@ -87,9 +90,9 @@ class Track:
         if t <= begin or not follows:
             near = i if t <= begin or i + 1 == len(knots.seconds) or t - begin <= knots.seconds[i + 1] - t else i + 1
             away = t - knots.seconds[near]
-            if abs(away) > beyond:
-                return None
-            return knots.carried(near, away)
+            if abs(away) > 0.05 and knots.stands(i, near, away):
+                return knots.poses[near]
+            return knots.carried(near, away) if abs(away) <= beyond else None
         return knots.between(i, t)
 
     def motion(self, stamp: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +113,25 @@ class Track:
             step = 1e-3
             a, b = knots.between(i, t - step), knots.between(i, t + step)
             return (b[:3, 3] - a[:3, 3]) / (2 * step), _turn(b[:3, :3] @ a[:3, :3].T) / (2 * step)
+        if self.at(stamp) is not None:  # it stands
+            return np.zeros(3), np.zeros(3)
         return unknown, unknown
+
+    def assumed(self, stamp: int) -> bool:
+        """Is it beyond its annotations, or in a gap of them: does `at` only take it to stand still?"""
+        knots = self._knots
+        t, i = knots.place(stamp)
+        if i is None or np.abs(knots.seconds - t).min() <= 0.05:
+            return False
+        return t < knots.seconds[0] or i + 1 == len(knots.seconds) or knots.seconds[i + 1] - knots.seconds[i] > GAP
+
+    def annotated(self, stamp: int) -> int | None:
+        """The stamp of the nearest annotation with a pose, None where there is none."""
+        knots = self._knots
+        if not len(knots.seconds):
+            return None
+        nearest = np.argmin(np.abs(knots.seconds - (int(stamp) - knots.zero) / NANO))
+        return knots.zero + round(float(knots.seconds[nearest]) * NANO)
 
     @cached_property
     def _knots(self) -> "_Knots":
@@ -166,6 +187,13 @@ class _Knots:
         """Seconds on our clock, and the last annotation at or before (the first, for what is before all)."""
         t = (int(stamp) - self.zero) / NANO
         return t, (max(int(np.searchsorted(self.seconds, t, "right")) - 1, 0) if len(self.seconds) else None)
+
+    def stands(self, i: int, near: int, away: float) -> bool:
+        """Is the object, `away` s from annotation `near` and after the i-th, still where it was there?"""
+        if self.seconds[i] < self.seconds[near] + away and i + 1 < len(self.seconds):  # a gap: what comes after it?
+            moved = np.linalg.norm(self.poses[i + 1, :3, 3] - self.poses[i, :3, 3])
+            return moved < 0.3 and not np.linalg.norm(self.velocity[near]) >= STANDS
+        return abs(away) <= STAYS and np.linalg.norm(self.velocity[near]) < STANDS  # NaN: nobody knows
 
     def carried(self, i: int, seconds: float) -> np.ndarray | None:
         """The i-th pose moved on by its own motion; None where that is not known and would be needed."""

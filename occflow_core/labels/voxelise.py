@@ -66,7 +66,7 @@ def voxelise(cloud: Cloud, keyframe: Keyframe, grid: Grid, rule: Rule = Rule()) 
 
     present = []  # (number, object, voxels_from_box)
     for i, thing in enumerate(cloud.objects):
-        pose = thing.track.at(keyframe.stamp)
+        pose = thing.at(keyframe.stamp)
         if pose is not None:
             local = pose.copy()
             local[:3, 3] -= cloud.origin

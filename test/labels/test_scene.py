@@ -97,3 +97,23 @@ EYE = torch.eye(4, dtype=torch.float64)
 def test_a_mistake_is_named_in_one_sentence(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def sometimes(thing: Thing, times) -> Track:
+    poses = torch.from_numpy(np.stack([thing.pose(t) for t in times]))
+    return Track("t", thing.name, thing.size, tuple(stamp(t) for t in times), poses)
+
+
+def test_what_stands_is_there_while_nobody_sees_it():
+    parked = Thing("car", (4.5, 1.8, 1.5), (3.0, 4.0, 0.9))
+    it = sometimes(parked, [0.0, 0.5, 9.0, 9.5])
+    for t in (-4.0, 4.5, 13.0):
+        assert np.allclose(it.at(stamp(t)), parked.pose(0)) and np.array_equal(it.motion(stamp(t)), np.zeros((2, 3)))
+    assert it.at(stamp(-6.0)) is None and it.at(stamp(15.0)) is None
+
+
+def test_what_drove_on_while_nobody_saw_it_is_nowhere():
+    leaves = Thing("car", (4.5, 1.8, 1.5), (3.0, 4.0, 0.9), gains=2.0)
+    assert sometimes(leaves, [0.0, 6.0]).at(stamp(3.0)) is None
+    drives = sometimes(Thing("car", (4.5, 1.8, 1.5), (3.0, 4.0, 0.9), speed=1.0), [0.0, 0.5])
+    assert drives.at(stamp(1.0)) is None and np.isnan(drives.motion(stamp(1.0))[0]).all()
