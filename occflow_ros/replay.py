@@ -37,7 +37,9 @@ def main(args: list[str] | None = None) -> int:
     """python -m occflow_ros.replay BAG [--rate 1.0] [--loop 1] [--wait 10] [--skip TOPIC ...]; exit code 0, or 2."""
     args = sys.argv if args is None else ["replay", *args]
     options = _options(remove_ros_args(args)[1:])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a launch system's stop is an ordinary stop
+    # a launch system's stop is an ordinary stop; SIGINT too is set, since shells start background jobs deaf to it
+    for word in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(word, signal.default_int_handler)
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     node = None
     try:

@@ -82,7 +82,8 @@ def test_every_requirement_has_a_reason_and_an_exact_version(file):
 def test_constraints_are_exact_and_leave_no_python_out():
     for name, lines in pins().items():
         for line in lines:
-            assert re.fullmatch(r'[\w.-]+==[\w.!]+( ; python_version (<|>=) "3\.\d+")?', line), line
+            marker = r'( ; (python_version (<|>=) "3\.\d+"|platform_machine != "\w+"))?'
+            assert re.fullmatch(r"[\w.-]+==[\w.!]+" + marker, line), line
         assert len(lines) <= 2, f"{name} is pinned more than once: {lines}"
     for name in {distribution(line) for file in ("run.txt", "test.txt") for line in requirement_lines(file)}:
         sides = sorted(re.findall(r"(<|>=) \"", " ".join(pins()[name])))
