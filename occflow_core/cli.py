@@ -3,6 +3,7 @@
 `occflow SUB`, `python -m occflow_core SUB` and `ros2 run occflow_core SUB` are the same door.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -159,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, 1 after a mistake that was named in one sentence, 2 for a command line that cannot be."""
     import tyro
 
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the node, before PyTorch is loaded (docs/log.md)
     try:
         tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, prog="occflow", args=arguments)
     except (ValueError, OSError, RuntimeError) as problem:
