@@ -11,8 +11,9 @@ The rule, voxel by voxel:
 - else **unknown**: neither mask has it, and files, which know no third state, say free.
 
 The class is a vote of area, not of points: each class counts in how many of the voxel's 4 x 4 x 4 parts it has a point,
-so what a beam hit often does not outweigh what it hit once. Objects count `thing_weight` fold, so that thin ones stay
-beside ground and walls. Ids are never averaged. A point outside of the grid is in no voxel.
+so what a beam hit often does not outweigh what it hit once, and a thin thing counts for all of its surface. Ties go to
+objects; `thing_weight` above 1 favours them further (1.5 cost 0.4 points of mIoU against exact truth). Ids are never
+averaged. A point outside of the grid is in no voxel.
 
 P points, R rays, X Y Z voxels, V = X * Y * Z of them, C classes of OCC3D.
 """

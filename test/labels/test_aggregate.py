@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from labels.tiny import FAR_AWAY, Thing, World, street
+from labels.tiny import FAR_AWAY, Thing, World, away, stamp, street
 
 from occflow_core.labels import UNLABELLED, Settings, Sweep
 from occflow_core.labels import aggregate as room
@@ -57,14 +57,19 @@ def test_the_order_of_sweeps_does_not_matter():
 
 
 def test_ground_below_an_object_stays_ground():
-    """Points under a truck, in a sweep without labels: its box reaches down to the ground."""
-    truck = Thing("truck", (8.0, 2.5, 3.2), (12.0, 3.0, 1.6))  # stands on z = 0: its lowest points are the road's
-    world = World((truck,), columns=360)
-    told = [world.sweep(0.0, True), world.sweep(0.1, False)]
-    cloud = aggregate(told, world.tracks(0.5), Settings(gap=0.0))
-    assert (cloud.objects[0].points[:, 2] > -1.6 + 0.09).all() or len(cloud.objects[0].points) > 200
-    low = cloud.objects[0].points[:, 2] < -1.6 + 0.02
-    assert low.mean() < 0.02
+    """Points on the road under a car, in its box: their label says so, and in a sweep without labels their height."""
+    eye = torch.eye(4, dtype=torch.float64)
+    car = World((Thing("car", (4.0, 2.0, 1.6), (10.0, 3.0, 0.8)),)).tracks(0.5)[0]
+    car = replace(car, world_from_box=car.world_from_box - torch.tensor(away(0 * np.eye(4))))
+    x, y = (v.ravel() for v in np.meshgrid(np.arange(6, 14, 0.2), np.arange(1, 5, 0.2)))
+    road = np.stack([x, y, 0.01 * np.sin(x)], 1)
+    body = np.stack([x, y, 0 * x + 1.2], 1)[(np.abs(x - 10) < 1.9) & (np.abs(y - 3) < 0.9)]
+    points = torch.tensor(np.concatenate([road, body]), dtype=torch.float32)
+    labels = torch.tensor([ROAD] * len(road) + [CAR] * len(body), dtype=torch.uint8)
+    told = [Sweep(points, eye, eye, stamp(0.0), labels), Sweep(points, eye, eye, stamp(0.1))]
+    cloud = aggregate(told, [car], Settings(ego=((0, 0, 0), (0, 0, 0)), gap=0.0))
+    assert len(cloud.objects[0].points) == 2 * len(body) and (cloud.objects[0].points[:, 2] > 0).all()
+    assert len(cloud.points) == 2 * len(road) and (cloud.classes == ROAD).all()
 
 
 def test_a_mover_that_nobody_annotated_is_there_at_its_own_instant_only():

@@ -49,8 +49,8 @@ def test_ids_are_counted_and_never_averaged():
 def test_a_vote_is_by_area_not_by_how_often_a_beam_came():
     often = [[2.05, 2.05, 0.45]] * 50
     wide = [[2.05 + 0.1 * i, 2.05, 0.55] for i in range(3)]
-    labels = voxels(cloud_of(often + wide, [ROAD] * 50 + [WALKER] * 3)).labels
-    assert labels[at(GRID, [2.1, 2.1, 0.5])] == WALKER
+    labels = voxels(cloud_of(often + wide, [WALL] * 50 + [TREE] * 3)).labels
+    assert labels[at(GRID, [2.1, 2.1, 0.5])] == TREE
 
 
 def test_ties_go_to_objects_then_to_what_stands_then_to_ground():
