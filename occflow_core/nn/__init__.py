@@ -1,6 +1,6 @@
 """Blocks that two systems or more use, under the parameter names of the weights that the public shares."""
 
-from .backbones import ResNet
+from .backbones import BACKBONES, EfficientNetLite, ResNet
 from .necks import FPN
 
-__all__ = ["FPN", "ResNet"]
+__all__ = ["BACKBONES", "FPN", "EfficientNetLite", "ResNet"]

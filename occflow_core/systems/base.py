@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..types import Clip, Prediction
+from ..types import Clip, Occupancy, Prediction
 
 
 class System(Protocol):
@@ -21,6 +21,12 @@ class System(Protocol):
 
     def __call__(self, clip: Clip, memory: Any | None) -> tuple[Any, Any]:
         """(output, memory). Memory is the system's own frozen value, detached; None before the first clip."""
+
+    def loss(self, output: Any, truth: Occupancy) -> dict[str, Tensor]:
+        """Named scalar terms, already weighted, to be added up. `truth` has one lane a lane of the output.
+
+        What they are divided by is counted over all processes of a training (`nn.losses.mean_over_processes`).
+        """
 
     def decode(self, output: Any) -> list[Prediction]:
         """One prediction a lane."""

@@ -28,20 +28,45 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..geometry import OCC3D_GRID, Cameras, Grid, rigid
-from ..nn import FPN, ResNet
-from ..types import OCC3D, OPENOCC, Classes, Clip, Prediction
+from ..nn import BACKBONES, FPN
+from ..nn.losses import focal, mean_over_processes, smooth_l1
+from ..types import OCC3D, OPENOCC, Classes, Clip, Occupancy, Prediction
 
 SPACING = 0.5  # s between the times of a window: nuScenes' key frames
 KEEP_EVERY = 0.25  # s: a frame enters the memory when the newest one there is this old
 JITTER = 0.015  # s by which a camera's clock may be early
 KEEP = 15  # frames in the memory: at KEEP_EVERY they reach back to the eighth time of a window
 
-MEAN = (123.675, 116.28, 103.53)  # RGB, of ImageNet, as torchvision's weights expect it
-STD = (58.395, 57.12, 57.375)
-LEVELS = 4
 CAP = 10  # points of a voxel that count (mmcv `Voxelization`, max_num_points)
 CENTRE_DISTANCE = 3.0  # m: a point this far from its query's mean is dropped (`opus_head.get_occ`, default)
 STEP = 0.5  # m by which an output of one of the point branches moves a point (configs, `scales`)
+
+# ---- losses (`opus_head.py`; the numbers stand there as defaults, not in the configs)
+POINTS_WEIGHT, NAMES_WEIGHT = 0.5, 2.0
+FLOW_WEIGHT = 0.25  # ours
+BETA = 0.2  # m, where the loss of a distance turns from a square into a line
+NEAR = 0.2  # m: a voxel that the camera sees and whose nearest point is farther away counts FAR_WEIGHT times
+FAR_WEIGHT, RARE_WEIGHT = 5.0, 10.0
+RARE = ("others", "bicycle", "construction_vehicle", "traffic_cone")  # seen, they count RARE_WEIGHT times at least
+NAME_WEIGHTS = {  # of a class's scores, whether they should be high or low
+    "others": 10.0,
+    "barrier": 5.0,
+    "bicycle": 10.0,
+    "bus": 5.0,
+    "car": 5.0,
+    "construction_vehicle": 10.0,
+    "motorcycle": 10.0,
+    "pedestrian": 5.0,
+    "traffic_cone": 10.0,
+    "trailer": 5.0,
+    "truck": 5.0,
+    "driveable_surface": 1.0,
+    "other_flat": 5.0,
+    "sidewalk": 1.0,
+    "terrain": 1.0,
+    "manmade": 2.0,
+    "vegetation": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -51,14 +76,15 @@ class Config:
     queries: int  # each carries a bundle of points
     refines: tuple[int, ...]  # points of a query after each decoder layer; as many layers as numbers
     samples: int  # points looked up per query, group and time
-    depth: int = 50  # of the ResNet: 18 or 50
-    stem: int = 64  # channels of the ResNet's first layer; all others grow with it
+    backbone: str = "resnet50"  # a word of `nn.BACKBONES`
+    levels: int = 4  # of the pyramid: the backbone's coarsest maps, 4 reach down to stride 4
     channels: int = 256  # of the pyramid and of a query
     groups: int = 4  # channel groups that look at places of their own
     heads: int = 8  # of the attention among queries
     mixed: int = 32  # points that the sampled ones are mixed into
     hidden: int = 512  # channels inside the feed-forward block
     frames: int = 8  # times of a window, SPACING apart
+    dropout: float = 0.1  # in training, of what queries say to each other and of the feed-forward block
     threshold: float = 0.5  # a score above this makes a voxel occupied
     flow: bool = False  # whether each point has a velocity
     as_published: bool = True  # the authors' sampling rules, oddities included; their weights need them
@@ -68,6 +94,10 @@ class Config:
     def __post_init__(self):
         if self.classes not in _TABLES:
             raise ValueError(f"opus: classes must be one of {sorted(_TABLES)}, got {self.classes!r}")
+        if self.backbone not in BACKBONES or not 1 <= self.levels <= 4:
+            raise ValueError(
+                f"opus: expected 1 to 4 levels of one of {sorted(BACKBONES)}, got {self.levels} of {self.backbone!r}"
+            )
         if self.channels % self.groups or self.channels % self.heads:
             raise ValueError(f"opus: {self.groups} groups or {self.heads} heads do not divide {self.channels} channels")
         if not self.refines or min(*self.refines, self.queries, self.samples, self.frames) < 1:
@@ -92,8 +122,7 @@ PRESETS = {
         queries=600,
         refines=(4, 16, 64),
         samples=2,
-        depth=18,
-        stem=32,
+        backbone="resnet18-half",
         channels=96,
         mixed=16,
         hidden=192,
@@ -165,13 +194,13 @@ class Opus(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.backbone = ResNet(config.depth, config.stem)
-        self.neck = FPN(self.backbone.channels, config.channels)
+        self.backbone = BACKBONES[config.backbone]()
+        self.neck = FPN(self.backbone.channels[-config.levels :], config.channels)
         self.queries = nn.Embedding(config.queries, 3)  # where each query begins, fractions of the grid's box
         before = (1, *config.refines[:-1])
         self.layers = nn.ModuleList(Layer(config, *points) for points in zip(before, config.refines, strict=True))
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        for name, values in zip(("mean", "std"), self.backbone.normal, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.initialise(prior=0.01)
 
     @torch.no_grad()
@@ -215,9 +244,32 @@ class Opus(nn.Module):
         """Pictures (B, T, N, 3, H, W) uint8 -> pyramids (B, T, N, R, C) and the sizes of their levels."""
         pictures = (images.flatten(0, 2) - self.mean) / self.std
         pictures = pictures * used.flatten()[:, None, None, None]  # in training, batch norm looks at all
-        levels = self.neck(self.backbone(pictures.contiguous(memory_format=torch.channels_last)))
+        maps = self.backbone(pictures.contiguous(memory_format=torch.channels_last))
+        levels = self.neck(maps[-self.config.levels :])
         rows, sizes = ops.flatten_levels(levels)
         return rows.unflatten(0, images.shape[:3]), sizes
+
+    def loss(self, output: Output, truth: Occupancy) -> dict[str, Tensor]:
+        """Scalars to be added up: where the points of the queries begin, and of each layer where its points are, what
+        they are called and (with `Config.flow`) how fast they are. truth: one lane of labels a lane of the output.
+
+        Card of the authors' losses: `opus_head.loss_single` (arXiv 2409.09350, section 3.4). ValueError where the truth
+        is told in another grid or in other classes.
+        """
+        if (truth.grid, truth.classes) != (self.config.grid, self.config.table):
+            raise ValueError(
+                f"opus: the truth is told in {truth.classes.table} on {truth.grid}, the network speaks "
+                f"{self.config.classes} on {self.config.grid}"
+            )
+        targets = [_Target.of(truth, lane) for lane in range(len(truth.labels))]
+        begin = self.config.grid.metres(self.queries.weight).expand(len(targets), -1, -1)
+        terms = {"points begin": _points_loss(begin, targets)[0]}
+        for k, (points, logits) in enumerate(zip(output.points, output.logits, strict=True)):
+            terms[f"points {k}"], met = _points_loss(points.flatten(1, 2), targets)
+            terms[f"names {k}"] = _names_loss(logits.flatten(1, 2), targets, met)
+            if output.flow is not None:
+                terms[f"flow {k}"] = _flow_loss(output.flow[k].flatten(1, 2), targets, met)
+        return terms
 
     @torch.no_grad()
     def decode(self, output: Output) -> list[Prediction]:
@@ -303,9 +355,10 @@ class Layer(nn.Module):
         )
         self.sampling = Sampling(config)
         self.mixing = Mixing(c, config.groups, config.samples * config.frames, config.mixed)
-        self.attention = Attention(c, config.heads)
+        self.attention = Attention(c, config.heads, config.dropout)
         self.feed = nn.Sequential(
-            nn.Linear(c, config.hidden), nn.ReLU(), nn.Dropout(0.1), nn.Linear(config.hidden, c), nn.Dropout(0.1)
+            *(nn.Linear(c, config.hidden), nn.ReLU(), nn.Dropout(config.dropout)),
+            *(nn.Linear(config.hidden, c), nn.Dropout(config.dropout)),
         )
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(c), nn.LayerNorm(c), nn.LayerNorm(c)
         self.name = nn.Sequential(
@@ -350,7 +403,7 @@ class Sampling(nn.Module):
         super().__init__()
         self.config = config
         self.offset = nn.Linear(config.channels, config.groups * config.samples * 3)
-        self.levels = nn.Linear(config.channels, config.groups * config.samples * LEVELS)
+        self.levels = nn.Linear(config.channels, config.groups * config.samples * config.levels)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -367,7 +420,7 @@ class Sampling(nn.Module):
             spread = torch.full_like(points, 0.0 if c.as_published else 1.0)
         offset = self.offset(query).view(b, q, c.groups * c.samples, 3)
         places = (points.mean(dim=2, keepdim=True) + offset * spread).view(b, q, c.groups, c.samples, 3)
-        weights = self.levels(query).view(b, q, c.groups, c.samples, LEVELS).softmax(dim=-1)
+        weights = self.levels(query).view(b, q, c.groups, c.samples, c.levels).softmax(dim=-1)
         return ops.sample(
             view.rows,
             view.sizes,
@@ -407,9 +460,9 @@ class Mixing(nn.Module):
 class Attention(nn.Module):
     """Queries attend to each other, the less the farther apart, each head with a reach of the query's own choice."""
 
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, dropout: float):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.taken = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
         self.reach = nn.Linear(channels, heads)
@@ -428,7 +481,7 @@ class Attention(nn.Module):
         distance = _distances(centre.detach())
         mask = -distance[:, None] * self.reach(query).mT[..., None]  # (B, heads, Q, Q): the row's reach counts
         parts = self.taken(query).view(b, q, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        dropout = 0.1 if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         talked = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=dropout)
         return query + self.out(talked.transpose(1, 2).reshape(b, q, c))
 
@@ -436,6 +489,92 @@ class Attention(nn.Module):
 def _distances(centre: Tensor) -> Tensor:
     """(B, Q, 3) -> (B, Q, Q) m, by differences: the quick way through products loses centimetres in float32."""
     return torch.cdist(centre, centre, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The occupied voxels of one lane. V of them."""
+
+    centre: Tensor  # (V, 3) m
+    label: Tensor  # (V,) int64
+    flow: Tensor  # (V, 2) m/s; NaN where it is not known or the class does not move
+    distance: Tensor  # (V,) what a wrong name costs more, the farther from the car: 1 to 1.5
+    far: Tensor  # (V,) weight of a voxel that no point came near
+    least: Tensor  # (V,) weight of a voxel at least
+    weight: Tensor  # (K,) of each class's scores
+
+    @staticmethod
+    def of(truth: Occupancy, lane: int) -> "_Target":
+        labels, classes, grid = truth.labels[lane], truth.classes, truth.grid
+        index = (labels != classes.free).nonzero()
+        where = index.unbind(1)
+        label, seen = labels[where].long(), truth.seen[lane][where]
+        centre = (index + 0.5) * labels.new_tensor(grid.voxel, dtype=torch.float32)
+        centre = centre + centre.new_tensor(grid.low)
+        moves = torch.isin(label, label.new_tensor(classes.moving_ids))
+        known = truth.flow[lane][where] if truth.flow is not None else torch.full_like(centre[:, :2], torch.nan)
+        rare = torch.isin(label, label.new_tensor([classes.id(name) for name in RARE if name in classes.names]))
+        return _Target(
+            centre=centre,
+            label=label,
+            flow=known.masked_fill(~moves[:, None], torch.nan),
+            distance=1 + centre[:, :2].norm(dim=-1) / math.hypot(*grid.size[:2]),
+            far=torch.where(seen, FAR_WEIGHT, 1.0),
+            least=torch.where(seen & rare, RARE_WEIGHT, 1.0),
+            weight=centre.new_tensor([NAME_WEIGHTS[name] for name in classes.names]),
+        )
+
+
+def _points_loss(points: Tensor, targets: Sequence[_Target]) -> tuple[Tensor, list[Tensor]]:
+    """Points (B, P, 3) m -> the loss, and for each lane which voxel each of its points is nearest to, (P,) int64.
+
+    Both ways: from every voxel to the point nearest to it, which draws points to what nobody tells yet, and from every
+    point to the voxel nearest to it. A lane whose truth is empty has nothing to say; its points meet nobody.
+    """
+    missed, strayed, voxels, count, met = [], [], 0, 0, []
+    for mine, target in zip(points, targets, strict=True):
+        if not len(target.centre):
+            met.append(torch.zeros(0, dtype=torch.int64, device=points.device))
+            continue
+        to_point, to_voxel = ops.nearest(target.centre, mine), ops.nearest(mine, target.centre)
+        away = target.centre - mine[to_point]
+        far = away.detach().norm(dim=-1) > NEAR
+        weight = torch.maximum(torch.where(far, target.far, 1.0), target.least)
+        missed.append((weight * smooth_l1(away, BETA)).sum())
+        strayed.append(smooth_l1(mine - target.centre[to_voxel], BETA).sum())
+        voxels, count = voxels + len(target.centre), count + len(mine)
+        met.append(to_voxel)
+    nothing = points.sum() * 0.0  # of the same graph: every process of a training has the same terms
+    both = (
+        sum(parts, nothing) / mean_over_processes(points.new_tensor(float(n)))
+        for parts, n in ((missed, voxels), (strayed, count))
+    )
+    return POINTS_WEIGHT * sum(both), met
+
+
+def _names_loss(logits: Tensor, targets: Sequence[_Target], met: Sequence[Tensor]) -> Tensor:
+    """Logits (B, P, K): each point is called what the voxel is called that it is nearest to."""
+    total, count = logits.sum() * 0.0, 0
+    for mine, target, voxel in zip(logits, targets, met, strict=True):
+        if len(voxel):
+            costs = focal(mine, target.label[voxel]) * target.weight
+            total = total + (costs.sum(-1) * target.distance[voxel]).sum()
+            count += len(voxel)
+    return NAMES_WEIGHT * total / mean_over_processes(logits.new_tensor(float(count)))
+
+
+def _flow_loss(flow: Tensor, targets: Sequence[_Target], met: Sequence[Tensor]) -> Tensor:
+    """Velocities (B, P, 2), L1: each point that met a voxel of a class that moves is as fast as that. Ours."""
+    total, count = flow.sum() * 0.0, 0
+    for mine, target, voxel in zip(flow, targets, met, strict=True):
+        true = target.flow[voxel]
+        known = true.isfinite().all(-1)
+        total = total + (mine[known] - true[known]).abs().sum()
+        count = count + known.sum()
+    return FLOW_WEIGHT * total / mean_over_processes(torch.as_tensor(count, device=flow.device).to(flow))
 
 
 # ---- points -> voxels -----------------------------------------------------------------------------------------------

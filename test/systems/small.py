@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from occflow_core.geometry import Grid
+from occflow_core.nn import BACKBONES
 from occflow_core.systems import opus
 from occflow_core.systems.base import seeded
 
@@ -14,8 +15,7 @@ CONFIG = opus.Config(
     queries=60,
     refines=(1, 4, 8),
     samples=2,
-    depth=18,
-    stem=8,
+    backbone="resnet18-half",
     channels=16,
     groups=4,
     heads=4,
@@ -51,7 +51,7 @@ def authors_tensors(config: opus.Config) -> dict[str, torch.Size]:
         layers[f"{name}.weight"], layers[f"{name}.bias"] = (c,), (c,)
 
     with torch.device("meta"):
-        net = opus.ResNet(config.depth, config.stem)
+        net = BACKBONES[config.backbone]()
     layers |= {f"img_backbone.{name}": tuple(t.shape) for name, t in net.state_dict().items()}
     for i, taken in enumerate(net.channels):
         for name, kernel, given in (("lateral_convs", 1, taken), ("fpn_convs", 3, c)):

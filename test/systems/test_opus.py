@@ -12,6 +12,7 @@ from occflow_core.systems import opus
 from occflow_core.systems.base import seeded
 from occflow_core.types import OPENOCC, Clip, Prediction
 
+CLOSE = 3e-5  # m, m/s, logits: float32 rounds differently in batches of other sizes
 BOTH = pytest.mark.parametrize("config", [CONFIG, PUBLISHED], ids=["ours", "as published"])
 
 
@@ -61,7 +62,7 @@ def test_a_stream_at_two_hertz_equals_the_window(config):
     for i in (7, 9):
         with torch.no_grad():
             window, _ = system(Clip.of([frames[i - k] for k in range(8)]), None)
-        assert apart(streamed[i], window) < 1e-5
+        assert apart(streamed[i], window) < CLOSE
     assert apart(streamed[9], streamed[8]) > 1e-2  # and it does look at the pictures
 
 
@@ -72,7 +73,7 @@ def test_at_the_start_the_oldest_frame_is_repeated_and_the_first_stands_alone(co
     for i, repeated in ((0, [0] * 8), (1, [1] + [0] * 7), (2, [2, 1] + [0] * 6)):
         with torch.no_grad():
             window, _ = system(Clip.of([frames[k] for k in repeated]), None)
-        assert apart(streamed[i], window) < 1e-5
+        assert apart(streamed[i], window) < CLOSE
 
 
 def test_a_window_fills_the_memory_for_the_stream_that_follows():
@@ -81,7 +82,7 @@ def test_a_window_fills_the_memory_for_the_stream_that_follows():
     with torch.no_grad():
         _, memory = system(Clip.of([frames[8 - k] for k in range(8)]), None)
         after, _ = system(clip_of(frames, 9), memory)
-    assert apart(streamed[9], after) < 1e-5
+    assert apart(streamed[9], after) < CLOSE
 
 
 def test_a_clip_of_three_times_is_completed_from_memory():
@@ -90,7 +91,7 @@ def test_a_clip_of_three_times_is_completed_from_memory():
     _, memory = run(system, frames[:8])
     with torch.no_grad():
         output, _ = system(clip_of(frames, 8, window=3), memory)
-    assert apart(streamed[8], output) < 1e-5
+    assert apart(streamed[8], output) < CLOSE
 
 
 def remembered(stamps, system=None):
@@ -155,7 +156,7 @@ def test_a_batch_of_two_is_two_batches_of_one_also_when_one_lane_is_fresh(config
         alone = [system(going_on, memory_a), system(starting, None)]
         both, memory = system(Clip.batch([going_on, starting]), together)
     for b, (output, kept) in enumerate(alone):
-        assert apart(lane(both, b), output) < 1e-5
+        assert apart(lane(both, b), output) < CLOSE
         assert [e.age for e in memory.lanes[b]] == [e.age for e in kept.lanes[0]]
         assert same(system.decode(both)[b], system.decode(lane(both, b))[0])
     assert [len(entries) for entries in memory.lanes] == [4, 1]
