@@ -125,16 +125,24 @@ def convert(
 
 
 def bench(
-    what: Annotated[Literal["node"], "node: what the node costs beside the network"],
+    what: Annotated[
+        Literal["node", "metrics"],
+        "node: what the node costs beside the network; metrics: what it costs to score a sample",
+    ],
     /,
-    sets: Annotated[int, "camera sets to measure"] = 100,
-    pictures: Annotated[Path | None, "folder with one JPEG a camera; without: generated pictures of 1600 x 900"] = None,
+    sets: Annotated[int, "camera sets or samples to measure"] = 100,
+    pictures: Annotated[
+        Path | None, "node: folder with one JPEG a camera; without: generated pictures of 1600 x 900"
+    ] = None,
+    device: Annotated[str | None, "metrics: where; without: the CPU"] = None,
     out: Annotated[Path | None, "also write the figures there as JSON"] = None,
 ) -> None:
     """Timings on this machine, as a table and as JSON."""
-    from .bench import bench_node, table
+    from .bench import bench_metrics, bench_node, table
 
-    figures = bench_node(sets, pictures)
+    if (pictures if what == "metrics" else device) is not None:
+        raise ValueError("bench: --pictures is for the node, --device for the metrics")
+    figures = bench_node(sets, pictures) if what == "node" else bench_metrics(sets, device or "cpu")
     print(table(figures))
     if out is not None:
         from .bench import write_json

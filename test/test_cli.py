@@ -23,6 +23,7 @@ def occflow(*arguments: str) -> subprocess.CompletedProcess:
         (("convert", "opus-nanoo", "a.pth", "b.safetensors"), "nearest is 'opus-nano'"),
         (("convert", "opus-tiny", "nowhere.pth", "b.safetensors"), "nowhere.pth"),
         (("bench", "node", "--pictures", "nowhere"), "nowhere"),
+        (("bench", "metrics", "--pictures", "nowhere"), "--pictures is for the node"),
         (("demo", "--seconds", "0"), "no second keyframe"),
     ],
     ids=lambda v: v[0] if isinstance(v, tuple) else "",
@@ -79,3 +80,12 @@ def test_show_names_a_recording_without_the_cameras(tmp_path):
     write_bag(tmp_path / "bag", pattern.drive(1, height=90, width=160), pattern.rig(90, 160), progress=False)
     ended = occflow("show", tmp_path / "bag", tmp_path / "bag", tmp_path / "out")
     assert ended.returncode == 1 and "occflow_msgs/msg/VoxelFlow" in ended.stderr
+
+
+def test_bench_metrics_prints_a_table_with_memory_and_writes_the_same_figures_as_json(tmp_path):
+    ended = occflow("bench", "metrics", "--sets", "2", "--out", tmp_path / "metrics.json")
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(figures["ms"]) == {"mIoU", "RayIoU", "mAVE", "all"} and figures["memory MB"] > 0
+    for stage, ms in figures["ms"].items():
+        assert ms["p50"] > 0 and f"| {stage} | {ms['p50']} |" in ended.stdout
