@@ -571,9 +571,9 @@ class NuScenes:
         """Where the label of a keyframe lies: kind "occ3d" (gts/) or "openocc" (openocc_v2/)."""
         return self.dataroot / _label_kind(kind)[0] / self.scene_of(sample) / sample / "labels.npz"
 
-    def occupancy(self, sample: str, kind: str) -> Occupancy:
-        """A keyframe's label in the Occ3D grid: kind "occ3d" or "openocc" (v2). Errors as `read_label`."""
-        return read_label(self.label_path(sample, kind), _label_kind(kind)[1], f"sample {sample}")
+    def occupancy(self, sample: str, kind: str, seen_by: str = "camera") -> Occupancy:
+        """A keyframe's label in the Occ3D grid: kind "occ3d" or "openocc" (v2). `seen_by`, errors: as `read_label`."""
+        return read_label(self.label_path(sample, kind), _label_kind(kind)[1], f"sample {sample}", seen_by)
 
     def boxes(self, sample: str) -> tuple[Box, ...]:
         """The annotated objects of a keyframe, with velocities by nuScenes' rule.
@@ -1021,19 +1021,22 @@ class NuScenes:
 # ---- labels
 
 
-def read_label(path: Path | str, classes: Classes, whose: str = "label") -> Occupancy:
+def read_label(path: Path | str, classes: Classes, whose: str = "label", seen_by: str = "camera") -> Occupancy:
     """An Occ3D or OpenOcc v2 `labels.npz` in the Occ3D grid.
 
     `semantics` (200, 200, 16) of any integer type with ids up to `classes.free`; `flow` (200, 200, 16, 2) m/s where the
     file has one, NaN = not known: what is not finite, or of 255 m/s and more in either component, becomes NaN, never
-    zero. `seen` is `mask_camera` where the file has it (Occ3D); without masks (OpenOcc v2) everything counts as seen.
+    zero. `seen` is `mask_camera` (seen_by "camera") or `mask_lidar` ("lidar") where the file has it (Occ3D); without
+    masks (OpenOcc v2) everything counts as seen.
     FileNotFoundError where there is no such file; ValueError naming the path for one that is broken or has another
     shape.
     """
-    path = Path(path)
+    if seen_by not in ("camera", "lidar"):
+        raise ValueError(f"{whose}: seen_by is 'camera' or 'lidar', got {seen_by!r}")
+    path, mask = Path(path), f"mask_{seen_by}"
     try:
         with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in ("semantics", "flow", "mask_camera") if name in file.files}
+            held = {name: file[name] for name in ("semantics", "flow", mask) if name in file.files}
     except FileNotFoundError:
         raise FileNotFoundError(f"{whose}: no label file {path}") from None
     except Exception as error:  # a broken archive shows itself as one of many: zip, zlib, struct, EOF
@@ -1041,7 +1044,7 @@ def read_label(path: Path | str, classes: Classes, whose: str = "label") -> Occu
     if "semantics" not in held:
         raise ValueError(f"{whose}: {path} holds no array named semantics")
     shape = OCC3D_GRID.shape
-    for name, wanted in (("semantics", shape), ("mask_camera", shape), ("flow", (*shape, 2))):
+    for name, wanted in (("semantics", shape), (mask, shape), ("flow", (*shape, 2))):
         if name in held and held[name].shape != wanted:
             raise ValueError(f"{whose}: {name} is of shape {held[name].shape}, expected {wanted}: {path}")
     semantics = held["semantics"]
@@ -1058,10 +1061,10 @@ def read_label(path: Path | str, classes: Classes, whose: str = "label") -> Occu
         known = (flow.abs() < INVALID_FLOW).all(-1, keepdim=True)  # false for NaN too
         flow = torch.where(known, flow, torch.nan)
     seen = torch.ones(shape, dtype=torch.bool)
-    if "mask_camera" in held:
-        if held["mask_camera"].dtype.kind not in "biu" or not np.isin(held["mask_camera"], (0, 1)).all():
-            raise ValueError(f"{whose}: mask_camera holds something else than 0 and 1: {path}")
-        seen = torch.from_numpy(held["mask_camera"].astype(bool))
+    if mask in held:
+        if held[mask].dtype.kind not in "biu" or not np.isin(held[mask], (0, 1)).all():
+            raise ValueError(f"{whose}: {mask} holds something else than 0 and 1: {path}")
+        seen = torch.from_numpy(held[mask].astype(bool))
     return Occupancy(OCC3D_GRID, classes, torch.from_numpy(semantics.astype(np.uint8)), flow, seen)
 
 

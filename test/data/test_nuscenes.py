@@ -370,15 +370,23 @@ def empty(free=17, kind=np.uint8):
     return np.full((200, 200, 16), free, kind)
 
 
-def test_occ3d_is_seen_where_a_camera_saw_and_has_no_flow(mine):
+def test_occ3d_is_seen_where_a_camera_or_if_asked_for_the_lidar_saw_and_has_no_flow(mine):
     world = opened(mine)
     sample = world.samples(SCENE)[1]
-    semantics, mask = empty(), np.zeros((200, 200, 16), np.uint8)
-    semantics[3, 4, 5], mask[3, 4, :6] = OCC3D.id("car"), 1
-    label(mine / "gts" / SCENE / sample / "labels.npz", semantics=semantics, mask_lidar=mask * 0, mask_camera=mask)
+    semantics, camera, lidar = empty(), np.zeros((200, 200, 16), np.uint8), np.zeros((200, 200, 16), np.uint8)
+    semantics[3, 4, 5], camera[3, 4, :6], lidar[3, 4:6, :9] = OCC3D.id("car"), 1, 1
+    path = mine / "gts" / SCENE / sample / "labels.npz"
+    label(path, semantics=semantics, mask_lidar=lidar, mask_camera=camera)
     truth = world.occupancy(sample, "occ3d")
     assert truth.classes is OCC3D and truth.flow is None and truth.labels[3, 4, 5] == 4
     assert truth.seen.sum() == 6 and truth.seen[3, 4, 5] and (truth.labels == 17).sum() == 639_999
+    assert world.occupancy(sample, "occ3d", seen_by="lidar").seen.numpy().tolist() == (lidar > 0).tolist()
+    with pytest.raises(ValueError, match=f"sample {sample}: seen_by is 'camera' or 'lidar', got 'radar'"):
+        world.occupancy(sample, "occ3d", seen_by="radar")
+    label(path, semantics=semantics, mask_lidar=lidar * 3, mask_camera=camera)
+    assert torch.equal(world.occupancy(sample, "occ3d").seen, truth.seen), "the other mask is not looked at"
+    with pytest.raises(ValueError, match=f"sample {sample}: mask_lidar holds something else than 0 and 1"):
+        world.occupancy(sample, "occ3d", seen_by="lidar")
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64, np.uint16])
