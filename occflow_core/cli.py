@@ -111,6 +111,23 @@ def show(
     print(f"{len(made)} pictures in {out}")
 
 
+def train(
+    recipe: Annotated[str, "a name of training/recipes, e.g. demo"],
+    /,
+    out: Annotated[Path | None, "folder of the run, which goes on where it left off; without: out/train/RECIPE"] = None,
+    set: Annotated[tuple[str, ...], "field=value of the Run, e.g. steps=50 optimise.rate=3e-4"] = (),
+    device: Annotated[str | None, "cpu, cuda, cuda:1; without: a GPU if there is one"] = None,
+) -> None:
+    """A recipe -> weights; under torchrun on several GPUs and machines."""
+    from occflow_recipes import RECIPES
+
+    from .engine import recipe as find
+    from .engine import with_settings
+    from .engine.train import train as run
+
+    print(run(with_settings(find(RECIPES, recipe), set), out or Path("out/train") / recipe, device))
+
+
 def convert(
     model: Annotated[str, "system and preset of the checkpoint, e.g. opus-tiny"],
     authors_file: Annotated[Path, "the authors' published .pth"],
@@ -161,7 +178,20 @@ def demo(
     print(run(out, seconds, rate))
 
 
-SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, show, convert, bench, demo)}
+SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, train, show, convert, bench, demo)}
+
+
+def gathered(arguments: list[str] | None, option: str) -> list[str]:
+    """`--set a --set b` is `--set a b`: of an option that is given twice, tyro would keep the last."""
+    words = iter(sys.argv[1:] if arguments is None else arguments)
+    others, values, taking = [], [], False
+    for word in words:
+        if word == option:
+            taking = True
+            continue
+        taking = taking and not word.startswith("-")
+        (values if taking else others).append(word)
+    return [*others, option, *values] if values else others
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -170,8 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the node, before PyTorch is loaded (docs/log.md)
     try:
-        tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, prog="occflow", args=arguments)
-    except (ValueError, OSError, RuntimeError) as problem:
+        tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, prog="occflow", args=gathered(arguments, "--set"))
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as problem:
         print(f"occflow: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
