@@ -3,10 +3,11 @@
 `occflow SUB`, `python -m occflow_core SUB` and `ros2 run occflow_core SUB` are the same door.
 """
 
+import inspect
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 
 def world(
@@ -73,7 +74,20 @@ def bag(
     scene: Annotated[str | None, "name of the drive; may be left out where there is only one"] = None,
     to_dataset: Annotated[bool, "the other way: a recorded drive becomes a data set"] = False,
     version: Annotated[str | None, "of the tables, e.g. v1.0-mini"] = None,
+    camera: Annotated[
+        tuple[str, ...],
+        "--to-dataset: cameras, each NAME=IMAGE_TOPIC; without: every image topic with a camera_info beside it",
+    ] = (),
+    info: Annotated[
+        tuple[str, ...], "--to-dataset: NAME=CAMERA_INFO_TOPIC of cameras that have it somewhere else"
+    ] = (),
+    lidar: Annotated[str, "--to-dataset: topic of the LiDAR's PointCloud2, auto (the only one) or none"] = "auto",
+    base: Annotated[str, "--to-dataset: TF frame of the car, x forward, y left, z up"] = "base_link",
+    world: Annotated[
+        str | None, "--to-dataset: TF frame it drives in; without: the first of map, odom, world, earth that TF has"
+    ] = None,
     rectified: Annotated[bool, "--to-dataset: the pictures are rectified, P holds"] = False,
+    quality: Annotated[int, "--to-dataset: of JPEGs that must be made anew, 1 to 100"] = 95,
     keep_going: Annotated[bool, "count what is broken instead of stopping at it"] = False,
 ) -> None:
     """A nuScenes scene as a rosbag2 with truth and transforms, or a recorded drive as a data set."""
@@ -81,12 +95,39 @@ def bag(
 
     if to_dataset:
         made = bag_to_dataset(
-            source, out, scene=scene, version=version or "v1.0-mini", rectified=rectified, keep_going=keep_going
+            source,
+            out,
+            scene=scene,
+            version=version or "v1.0-mini",
+            cameras=_by_name("--camera", camera) if camera else None,
+            infos=_by_name("--info", info),
+            lidar=None if lidar == "none" else lidar,
+            base=base,
+            world=world,
+            rectified=rectified,
+            quality=quality,
+            keep_going=keep_going,
         )
     else:
+        if (camera, info, lidar, base, world, rectified, quality) != ((), (), "auto", "base_link", None, False, 95):
+            raise ValueError(
+                "--camera, --info, --lidar, --base, --world, --rectified and --quality say how a recorded drive "
+                "becomes a data set: add --to-dataset"
+            )
         name = scene or _only_scene(source, version)
         made = write_scene_bag(source, name, out, version=version, keep_going=keep_going)
     print(f"{out}: {made}")
+
+
+def _by_name(option: str, words: tuple[str, ...]) -> dict[str, str]:
+    """NAME=TOPIC words as a table."""
+    pairs = [word.partition("=") for word in words]
+    for word, (name, _, topic) in zip(words, pairs):
+        if not name or not topic or [n for n, *_ in pairs].count(name) > 1:
+            raise ValueError(
+                f"{option} {word}: expected NAME=TOPIC, each name once, as in CAM_FRONT=/front/image_raw/compressed"
+            )
+    return {name: topic for name, _, topic in pairs}
 
 
 def _only_scene(dataroot: Path, version: str | None) -> str:
@@ -194,13 +235,29 @@ def gathered(arguments: list[str] | None, option: str) -> list[str]:
     return [*others, option, *values] if values else others
 
 
+def _show_sentences(function) -> None:
+    """tyro shows a sentence beside a type only as its own `arg`: the annotations get that form."""
+    from tyro.conf import arg
+
+    positional = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_ONLY}
+    for name, annotation in function.__annotations__.items():
+        if get_origin(annotation) is Annotated and isinstance(annotation.__metadata__[0], str):
+            kind, sentence = get_args(annotation)
+            shown = name.upper() if name in positional and get_origin(kind) is not Literal else None
+            function.__annotations__[name] = Annotated[kind, arg(help=sentence, metavar=shown)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, 1 after a mistake that was named in one sentence, 2 for a command line that cannot be."""
     import tyro
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the node, before PyTorch is loaded (docs/log.md)
     try:
-        tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, prog="occflow", args=gathered(arguments, "--set"))
+        for function in SUBCOMMANDS.values():
+            _show_sentences(function)
+        for option in ("--set", "--camera", "--info"):
+            arguments = gathered(arguments, option)
+        tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, prog="occflow", args=arguments)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as problem:
         print(f"occflow: {problem}", file=sys.stderr)
         return 1

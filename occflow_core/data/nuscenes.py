@@ -261,25 +261,27 @@ class NuScenes:
     """A data set in nuScenes' layout, below `dataroot`.
 
     version: the tables' folder, e.g. "v1.0-trainval"; None where there is only one. cameras: channels in the order that
-    Frames have them. cache: folder for the parsed large tables; None: below dataroot, else in the user's cache.
-    progress: bars while tables are parsed.
+    Frames have them; None: all cameras of table sensor, nuScenes' own before others. cache: folder for the parsed large
+    tables; None: below dataroot, else in the user's cache. progress: bars while tables are parsed.
     """
 
     def __init__(
         self,
         dataroot: Path | str,
         version: str | None = None,
-        cameras: Sequence[str] = CAMERAS,
+        cameras: Sequence[str] | None = None,
         cache: Path | str | None = None,
         progress: bool = True,
     ):
-        self.dataroot, self.cameras, self.progress = Path(dataroot), tuple(cameras), progress
+        self.dataroot, self.progress = Path(dataroot), progress
         self.version = _version(self.dataroot) if version is None else version
         self.folder = self.dataroot / self.version
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.dataroot} has no tables {self.version}: there is no folder {self.folder}")
-        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
-            raise ValueError(f"cameras: expected some different channels, got {self.cameras}")
+        if cameras is not None:
+            self.cameras = tuple(cameras)
+            if not self.cameras or len(set(self.cameras)) != len(self.cameras):
+                raise ValueError(f"cameras: expected some different channels, got {self.cameras}")
         self._cache = tables.cache_folders(self.dataroot) if cache is None else [Path(cache)]
         self._given = (dataroot, version, cameras, cache, progress)
         self._tables: dict[str, list] = {}
@@ -288,6 +290,14 @@ class NuScenes:
 
     def __reduce__(self):
         return NuScenes, self._given  # a worker process opens its own: mapped columns do not travel
+
+    @cached_property
+    def cameras(self) -> tuple[str, ...]:
+        """Channels of the cameras, in the order that Frames have them."""
+        told = [row.channel for row in self._table("sensor") if row.modality == "camera"]
+        if not told:
+            raise ValueError(f"table sensor: no row is a camera ({self._path('sensor')})")
+        return (*(c for c in CAMERAS if c in told), *(c for c in dict.fromkeys(told) if c not in CAMERAS))
 
     # -- scenes and their keyframes
 

@@ -57,6 +57,16 @@ def exact(pose) -> torch.Tensor:
 # ---- frames
 
 
+def test_the_cameras_are_those_of_the_tables_nuscenes_own_first(mine):
+    path = mine / "v1.0-mini" / "sensor.json"
+    rows = json.loads(path.read_text())
+    rewrite(path, json.dumps([{"token": "0" * 32, "channel": "CAM_ROOF", "modality": "camera"}, *rows[::-1]]).encode())
+    assert opened(mine).cameras == (*layout.CAMERAS, "CAM_ROOF")
+    rewrite(path, json.dumps([row for row in rows if row["modality"] != "camera"]).encode())
+    with pytest.raises(ValueError, match="table sensor: no row is a camera .*sensor.json"):
+        _ = opened(mine).cameras
+
+
 def test_a_keyframe_has_the_pictures_the_stamps_and_the_pose_of_its_tables(world):
     frame = world.frame(world.keyframes(SCENE)[3])
     assert frame.stamp == BEGIN + 1_500_000_000 and frame.drive == SCENE and frame.names == layout.CAMERAS
