@@ -25,7 +25,11 @@ setup(
     license="Apache-2.0",
     maintainer="OccFlow",
     python_requires=">=3.10",
-    packages=find_packages(include=["occflow_core", "occflow_core.*", "occflow_ros", "occflow_ros.*"]),
+    packages=[
+        *find_packages(include=["occflow_core", "occflow_core.*", "occflow_ros", "occflow_ros.*"]),
+        "occflow_recipes",
+    ],
+    package_dir={"occflow_recipes": "training/recipes"},
     # occflow_core/msg is a link to msg/msg: bags can be written and read where there is no ROS
     package_data={"occflow_core": ["msg/*.msg"]},
     data_files=[
@@ -47,6 +51,7 @@ setup(
         "rosbags>=0.10",
         "tyro>=0.9",
         "tqdm>=4.60",
+        "tensorboard>=2.14",
     ],
     entry_points={"console_scripts": ["occflow = occflow_core.cli:main"]},
     zip_safe=False,

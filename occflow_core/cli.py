@@ -3,10 +3,11 @@
 `occflow SUB`, `python -m occflow_core SUB` and `ros2 run occflow_core SUB` are the same door.
 """
 
+import inspect
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 
 def world(
@@ -73,7 +74,20 @@ def bag(
     scene: Annotated[str | None, "name of the drive; may be left out where there is only one"] = None,
     to_dataset: Annotated[bool, "the other way: a recorded drive becomes a data set"] = False,
     version: Annotated[str | None, "of the tables, e.g. v1.0-mini"] = None,
+    camera: Annotated[
+        tuple[str, ...],
+        "--to-dataset: cameras, each NAME=IMAGE_TOPIC; without: every image topic with a camera_info beside it",
+    ] = (),
+    info: Annotated[
+        tuple[str, ...], "--to-dataset: NAME=CAMERA_INFO_TOPIC of cameras that have it somewhere else"
+    ] = (),
+    lidar: Annotated[str, "--to-dataset: topic of the LiDAR's PointCloud2, auto (the only one) or none"] = "auto",
+    base: Annotated[str, "--to-dataset: TF frame of the car, x forward, y left, z up"] = "base_link",
+    world: Annotated[
+        str | None, "--to-dataset: TF frame it drives in; without: the first of map, odom, world, earth that TF has"
+    ] = None,
     rectified: Annotated[bool, "--to-dataset: the pictures are rectified, P holds"] = False,
+    quality: Annotated[int, "--to-dataset: of JPEGs that must be made anew, 1 to 100"] = 95,
     keep_going: Annotated[bool, "count what is broken instead of stopping at it"] = False,
 ) -> None:
     """A nuScenes scene as a rosbag2 with truth and transforms, or a recorded drive as a data set."""
@@ -81,12 +95,39 @@ def bag(
 
     if to_dataset:
         made = bag_to_dataset(
-            source, out, scene=scene, version=version or "v1.0-mini", rectified=rectified, keep_going=keep_going
+            source,
+            out,
+            scene=scene,
+            version=version or "v1.0-mini",
+            cameras=_by_name("--camera", camera) if camera else None,
+            infos=_by_name("--info", info),
+            lidar=None if lidar == "none" else lidar,
+            base=base,
+            world=world,
+            rectified=rectified,
+            quality=quality,
+            keep_going=keep_going,
         )
     else:
+        if (camera, info, lidar, base, world, rectified, quality) != ((), (), "auto", "base_link", None, False, 95):
+            raise ValueError(
+                "--camera, --info, --lidar, --base, --world, --rectified and --quality say how a recorded drive "
+                "becomes a data set: add --to-dataset"
+            )
         name = scene or _only_scene(source, version)
         made = write_scene_bag(source, name, out, version=version, keep_going=keep_going)
     print(f"{out}: {made}")
+
+
+def _by_name(option: str, words: tuple[str, ...]) -> dict[str, str]:
+    """NAME=TOPIC words as a table."""
+    pairs = [word.partition("=") for word in words]
+    for word, (name, _, topic) in zip(words, pairs):
+        if not name or not topic or [n for n, *_ in pairs].count(name) > 1:
+            raise ValueError(
+                f"{option} {word}: expected NAME=TOPIC, each name once, as in CAM_FRONT=/front/image_raw/compressed"
+            )
+    return {name: topic for name, _, topic in pairs}
 
 
 def _only_scene(dataroot: Path, version: str | None) -> str:
@@ -111,6 +152,23 @@ def show(
     print(f"{len(made)} pictures in {out}")
 
 
+def train(
+    recipe: Annotated[str, "a name of training/recipes, e.g. demo"],
+    /,
+    out: Annotated[Path | None, "folder of the run, which goes on where it left off; without: out/train/RECIPE"] = None,
+    set: Annotated[tuple[str, ...], "field=value of the Run, e.g. steps=50 optimise.rate=3e-4"] = (),
+    device: Annotated[str | None, "cpu, cuda, cuda:1; without: a GPU if there is one"] = None,
+) -> None:
+    """A recipe -> weights; under torchrun on several GPUs and machines."""
+    from occflow_recipes import RECIPES
+
+    from .engine import recipe as find
+    from .engine import with_settings
+    from .engine.train import train as run
+
+    print(run(with_settings(find(RECIPES, recipe), set), out or Path("out/train") / recipe, device))
+
+
 def convert(
     model: Annotated[str, "system and preset of the checkpoint, e.g. opus-tiny"],
     authors_file: Annotated[Path, "the authors' published .pth"],
@@ -125,16 +183,24 @@ def convert(
 
 
 def bench(
-    what: Annotated[Literal["node"], "node: what the node costs beside the network"],
+    what: Annotated[
+        Literal["node", "metrics"],
+        "node: what the node costs beside the network; metrics: what it costs to score a sample",
+    ],
     /,
-    sets: Annotated[int, "camera sets to measure"] = 100,
-    pictures: Annotated[Path | None, "folder with one JPEG a camera; without: generated pictures of 1600 x 900"] = None,
+    sets: Annotated[int, "camera sets or samples to measure"] = 100,
+    pictures: Annotated[
+        Path | None, "node: folder with one JPEG a camera; without: generated pictures of 1600 x 900"
+    ] = None,
+    device: Annotated[str | None, "metrics: where; without: the CPU"] = None,
     out: Annotated[Path | None, "also write the figures there as JSON"] = None,
 ) -> None:
     """Timings on this machine, as a table and as JSON."""
-    from .bench import bench_node, table
+    from .bench import bench_metrics, bench_node, table
 
-    figures = bench_node(sets, pictures)
+    if (pictures if what == "metrics" else device) is not None:
+        raise ValueError("bench: --pictures is for the node, --device for the metrics")
+    figures = bench_node(sets, pictures) if what == "node" else bench_metrics(sets, device or "cpu")
     print(table(figures))
     if out is not None:
         from .bench import write_json
@@ -153,7 +219,32 @@ def demo(
     print(run(out, seconds, rate))
 
 
-SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, show, convert, bench, demo)}
+SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, train, show, convert, bench, demo)}
+
+
+def gathered(arguments: list[str] | None, option: str) -> list[str]:
+    """`--set a --set b` is `--set a b`: of an option that is given twice, tyro would keep the last."""
+    words = iter(sys.argv[1:] if arguments is None else arguments)
+    others, values, taking = [], [], False
+    for word in words:
+        if word == option:
+            taking = True
+            continue
+        taking = taking and not word.startswith("-")
+        (values if taking else others).append(word)
+    return [*others, option, *values] if values else others
+
+
+def _show_sentences(function) -> None:
+    """tyro shows a sentence beside a type only as its own `arg`: the annotations get that form."""
+    from tyro.conf import arg
+
+    positional = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_ONLY}
+    for name, annotation in function.__annotations__.items():
+        if get_origin(annotation) is Annotated and isinstance(annotation.__metadata__[0], str):
+            kind, sentence = get_args(annotation)
+            shown = name.upper() if name in positional and get_origin(kind) is not Literal else None
+            function.__annotations__[name] = Annotated[kind, arg(help=sentence, metavar=shown)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -162,8 +253,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the node, before PyTorch is loaded (docs/log.md)
     try:
+        for function in SUBCOMMANDS.values():
+            _show_sentences(function)
+        for option in ("--set", "--camera", "--info"):
+            arguments = gathered(arguments, option)
         tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, prog="occflow", args=arguments)
-    except (ValueError, OSError, RuntimeError) as problem:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as problem:
         print(f"occflow: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

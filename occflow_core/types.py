@@ -230,6 +230,9 @@ class Occupancy:
     def __post_init__(self):
         _expect_voxels("occupancy", self.grid, self.labels, self.flow, self.seen)
 
+    def to(self, device) -> "Occupancy":
+        return _moved(self, device)
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -253,8 +256,13 @@ class Prediction:
         return filled.nonzero(), self.labels[filled], self.score[filled], flow
 
     def to(self, device) -> "Prediction":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        return _moved(self, device)
+
+
+def _moved(noun, device):
+    """The same with all its own tensors on a device."""
+    tensors = {f.name: getattr(noun, f.name) for f in fields(noun) if isinstance(getattr(noun, f.name), Tensor)}
+    return replace(noun, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def _kind(tensor: Tensor) -> str:

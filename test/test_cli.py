@@ -8,6 +8,7 @@ import pytest
 
 from occflow_core.data import pattern
 from occflow_core.data.bag import read_bag, write_bag
+from occflow_core.data.nuscenes import NuScenes
 
 
 def occflow(*arguments: str) -> subprocess.CompletedProcess:
@@ -23,7 +24,11 @@ def occflow(*arguments: str) -> subprocess.CompletedProcess:
         (("convert", "opus-nanoo", "a.pth", "b.safetensors"), "nearest is 'opus-nano'"),
         (("convert", "opus-tiny", "nowhere.pth", "b.safetensors"), "nowhere.pth"),
         (("bench", "node", "--pictures", "nowhere"), "nowhere"),
+        (("bench", "metrics", "--pictures", "nowhere"), "--pictures is for the node"),
         (("demo", "--seconds", "0"), "no second keyframe"),
+        (("bag", "nowhere", "out", "--base", "chassis"), "add --to-dataset"),
+        (("bag", "nowhere", "out", "--to-dataset", "--camera", "/front/image_raw"), "expected NAME=TOPIC"),
+        (("bag", "nowhere", "out", "--to-dataset", "--info", "A=/a", "A=/b"), "each name once"),
     ],
     ids=lambda v: v[0] if isinstance(v, tuple) else "",
 )
@@ -37,7 +42,8 @@ def test_a_mistake_ends_with_one_sentence_and_code_1(tmp_path, monkeypatch, argu
 
 def test_an_unknown_word_is_code_2_and_help_is_code_0():
     assert occflow("dance").returncode == 2
-    assert occflow("show", "--help").returncode == 0
+    told = occflow("bag", "--help")
+    assert told.returncode == 0 and "TF frame of the car" in told.stdout, "each option's sentence"
 
 
 @pytest.mark.dds
@@ -75,7 +81,30 @@ def test_a_short_demo_leaves_pictures_bags_and_a_summary_that_counts_right(tmp_p
     assert shown.returncode == 0 and len(list((tmp_path / "again").glob("*.png"))) == out
 
 
+def test_bag_makes_a_data_set_of_the_cameras_and_frames_that_are_named(tmp_path):
+    write_bag(tmp_path / "bag", pattern.drive(8, height=90, width=160, rate=6), pattern.rig(90, 160), progress=False)
+    chosen = ("--camera", "AHEAD=/cam_front/image_raw/compressed")
+    chosen += ("--camera", "REAR=/cam_back/image_raw/compressed")
+    frames = ("--base", "base_link", "--world", "map", "--lidar", "none", "--info", "REAR=/cam_back/camera_info")
+    ended = occflow("bag", tmp_path / "bag", tmp_path / "data", "--to-dataset", *chosen, *frames)
+    assert ended.returncode == 0 and "16 pictures" in ended.stdout, ended
+    assert NuScenes(tmp_path / "data", progress=False).cameras == ("AHEAD", "REAR")
+    ended = occflow("bag", tmp_path / "bag", tmp_path / "other", "--to-dataset", *chosen, "--world", "odom")
+    assert ended.returncode == 1 and "TF does not join base_link to odom" in ended.stderr
+    ended = occflow("bag", tmp_path / "bag", tmp_path / "other", "--to-dataset", *chosen, "--lidar", "/points")
+    assert ended.returncode == 1 and "no PointCloud2 on /points" in ended.stderr
+
+
 def test_show_names_a_recording_without_the_cameras(tmp_path):
     write_bag(tmp_path / "bag", pattern.drive(1, height=90, width=160), pattern.rig(90, 160), progress=False)
     ended = occflow("show", tmp_path / "bag", tmp_path / "bag", tmp_path / "out")
     assert ended.returncode == 1 and "occflow_msgs/msg/VoxelFlow" in ended.stderr
+
+
+def test_bench_metrics_prints_a_table_with_memory_and_writes_the_same_figures_as_json(tmp_path):
+    ended = occflow("bench", "metrics", "--sets", "2", "--out", tmp_path / "metrics.json")
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(figures["ms"]) == {"mIoU", "RayIoU", "mAVE", "all"} and figures["memory MB"] > 0
+    for stage, ms in figures["ms"].items():
+        assert ms["p50"] > 0 and f"| {stage} | {ms['p50']} |" in ended.stdout

@@ -1,6 +1,7 @@
 """The house has floors: code may look down, never up and never sideways."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ GUESTS = {"rclpy", "triton", "numba", "rosbags", "cv2", "tyro", "tqdm", "simplej
 
 def room_of(dotted: str) -> str | None:
     """occflow_core.nn.losses -> nn, occflow_ros.node -> occflow_ros, torch.nn -> None."""
+    dotted = re.sub(r"^training\.recipes\b", "occflow_recipes", dotted)  # where its files lie
     head, *rest = dotted.split(".")
     if head == "occflow_core":
         return rest[0] if rest else None
@@ -86,7 +88,7 @@ def broken(path: Path, root: Path = ROOT):
 
 
 def files(root: Path) -> list[Path]:
-    return sorted(p for top in ("occflow_core", "occflow_ros") for p in (root / top).rglob("*.py"))
+    return sorted(p for top in ("occflow_core", "occflow_ros", "training") for p in (root / top).rglob("*.py"))
 
 
 def test_every_import_looks_down():
@@ -106,6 +108,9 @@ def test_every_import_looks_down():
         ("occflow_core/nn/a.py", "import rclpy", "inside the function"),
         ("occflow_core/ops/a.py", "import triton", "inside the function"),
         ("occflow_ros/a.py", "from occflow_core.data import bag", "the node sees only"),
+        ("occflow_core/engine/a.py", "import occflow_recipes", "may not look up"),
+        ("training/recipes/a.py", "from occflow_core.cli import main", "may not look up"),
+        ("training/recipes/a.py", "import tqdm", "inside the function"),
         ("occflow_core/__init__.py", "from .runtime import Stream", "must not load the others"),
     ],
 )
@@ -123,6 +128,7 @@ def test_the_check_notices(tmp_path, file, code, words):
         ("occflow_core/nn/a.py", "def f():\n    import triton"),
         ("occflow_ros/a.py", "import rclpy\nfrom occflow_core.runtime import Stream"),
         ("occflow_core/systems/__init__.py", "from .opus import Opus"),
+        ("training/recipes/a.py", "from occflow_core.engine import Run"),
     ],
 )
 def test_the_check_lets_pass(tmp_path, file, code):

@@ -26,7 +26,7 @@ from ..geometry import OCC3D_GRID, Cameras, rigid
 from ..types import NANO, OCC3D, Occupancy, Prediction
 from ..voxelflow import pack
 from .bag import BagWriter, _camera_info, _header, _read, _transforms, topics_of
-from .nuscenes import CAMERAS, CLASS_OF, LIDAR, Box, Moment, NuScenes, SampleData, class_of
+from .nuscenes import CLASS_OF, LIDAR, Box, Moment, NuScenes, SampleData, class_of
 
 BASE, WORLD = "base_link", "map"
 TRUTH, BOXES = "/ground_truth/occupancy", "/ground_truth/boxes"
@@ -64,7 +64,7 @@ def write_scene_bag(
     out: Path | str,
     *,
     version: str | None = None,
-    cameras: Sequence[str] = CAMERAS,
+    cameras: Sequence[str] | None = None,
     labels: str | None = "auto",
     lidar: bool = True,
     boxes: bool = True,
@@ -79,11 +79,11 @@ def write_scene_bag(
     (MarkerArray in base_link) and /ground_truth/occupancy (VoxelFlow in base_link at the keyframe's stamp). Topics and
     frames carry channels in lower case: /cam_front/..., cam_front_optical_frame, lidar_top.
 
-    labels: "openocc", "occ3d", None, or "auto": OpenOcc v2's where the data set has any, else Occ3D's, else none. What
-    cameras cannot see comes from Occ3D's mask_camera, also for OpenOcc's classes; where there is no mask the message
-    says that it was not computed. moving_speed: m/s, slower voxels are written without flow. keep_going: leaves out
-    what cannot be read and counts it; without, it stops with a ValueError or FileNotFoundError. FileExistsError where
-    `out` exists.
+    cameras: channels, None: all that the data set has. labels: "openocc", "occ3d", None, or "auto": OpenOcc v2's where
+    the data set has any, else Occ3D's, else none. What cameras cannot see comes from Occ3D's mask_camera, also for
+    OpenOcc's classes; where there is no mask the message says that it was not computed. moving_speed: m/s, slower
+    voxels are written without flow. keep_going: leaves out what cannot be read and counts it; without, it stops with a
+    ValueError or FileNotFoundError. FileExistsError where `out` exists.
     """
     from tqdm import tqdm
 
@@ -350,6 +350,7 @@ def bag_to_dataset(
     scene: str | None = None,
     version: str = "v1.0-mini",
     cameras: Mapping[str, str] | None = None,
+    infos: Mapping[str, str] | None = None,
     lidar: str | None = "auto",
     base: str = BASE,
     world: str | None = None,
@@ -361,11 +362,12 @@ def bag_to_dataset(
     """A recorded drive as a data set of one scene, without annotations, that `NuScenes` (and nuScenes' devkit) reads.
 
     cameras: channel -> image topic (sensor_msgs/Image or CompressedImage); None: every image topic that has a
-    camera_info beside it, called as its namespace in capitals (/cam_front/image_raw -> CAM_FRONT). lidar: a PointCloud2
-    topic, "auto" (the only one, if any) or None. base, world: TF frames of the car and of what it drives in; world
-    None: the first of map, odom, world, earth that TF joins to the car. rectified: the pictures are rectified already
-    (P holds); without it a lens's distortion is taken out. JPEGs are kept as they came unless that changes them; other
-    pictures become JPEGs of `quality`.
+    camera_info beside it, called as its namespace in capitals (/cam_front/image_raw -> CAM_FRONT). infos: channel ->
+    CameraInfo topic of those where it is not camera_info beside the image topic. lidar: a PointCloud2 topic, "auto"
+    (the only one, if any) or None. base, world: TF frames of the car and of what it drives in; world None: the first of
+    map, odom, world, earth that TF joins to the car. rectified: the pictures are rectified already (P holds); without
+    it a lens's distortion is taken out. JPEGs are kept as they came unless that changes them; other pictures become
+    JPEGs of `quality` (1 to 100).
 
     Keyframes: every 0.5 s, at a LiDAR sweep where there is a LiDAR, else at the newest of the pictures that were taken
     together. What has no pose at its stamp (TF begins later, or has a gap of more than 1 s) is left out and counted;
@@ -374,26 +376,26 @@ def bag_to_dataset(
     bag, out = Path(bag), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists already, and a data set is not written over anything: name another")
+    if not 1 <= quality <= 100:
+        raise ValueError(f"a JPEG's quality is from 1 to 100, got {quality}")
     there, done = topics_of(bag), Drive()
     topics = _camera_topics(there, cameras)
     cloud_topic = _cloud_topic(there, lidar)
-    tf, infos = _heard(bag, there, topics, rectified)
+    tf, calibrations = _heard(bag, there, _info_topics(there, topics, infos or {}), rectified)
     world = _world(tf, base, world)
-    missing = [name for name in topics if name not in infos]
+    missing = [name for name in topics if name not in calibrations]
     if missing:
         raise ValueError(f"{bag}: no CameraInfo of {', '.join(missing)} came: there is no calibration to write")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         files = _extract(
-            bag, beside, topics, cloud_topic, tf, infos, (base, world), quality, keep_going, progress, done
+            bag, beside, topics, cloud_topic, tf, calibrations, (base, world), quality, keep_going, progress, done
         )
-        frames = {**{name: info.frame for name, info in infos.items()}, **tf.clouds}
-        mounts = {
-            name: tf.at(base, frames[name], min(f.stamp for f in files if f.channel == name))
-            for name in dict.fromkeys(f.channel for f in files)
-        }
-        _write_tables(beside, version, scene or bag.stem, files, mounts, infos, list(topics), done)
+        frames = {**{name: told.frame for name, told in calibrations.items()}, **tf.clouds}
+        began = {name: min((f.stamp for f in files if f.channel == name), default=None) for name in (*topics, LIDAR)}
+        mounts = {name: tf.at(base, frames[name], stamp) for name, stamp in began.items() if stamp is not None}
+        _write_tables(beside, version, scene or bag.stem, files, mounts, calibrations, list(topics), done)
         beside.chmod(0o755)
         beside.rename(out)
     finally:
@@ -426,6 +428,22 @@ def _info_topic(topic: str) -> str:
     """/front/image_raw/compressed -> /front/camera_info, as image_transport's."""
     parts = topic.removesuffix("/compressed").split("/")
     return "/".join([*parts[:-1], "camera_info"])
+
+
+def _info_topics(there: dict[str, str], topics: dict[str, str], infos: Mapping[str, str]) -> dict[str, str]:
+    """CameraInfo topic -> channel."""
+    unknown = sorted(set(infos) - set(topics))
+    if unknown:
+        raise ValueError(f"a CameraInfo topic of {', '.join(unknown)}, but the cameras are {', '.join(topics)}")
+    wrong = [topic for topic in infos.values() if there.get(topic) != "sensor_msgs/msg/CameraInfo"]
+    if wrong:
+        raise ValueError(f"no CameraInfo on {', '.join(wrong)}; the bag has {', '.join(there) or 'nothing'}")
+    found: dict[str, str] = {}
+    for name, topic in topics.items():
+        other = found.setdefault(infos.get(name, _info_topic(topic)), name)
+        if other != name:
+            raise ValueError(f"{other} and {name} have the same CameraInfo topic {infos.get(name, _info_topic(topic))}")
+    return found
 
 
 def _cloud_topic(there: dict[str, str], lidar: str | None) -> str | None:
@@ -499,10 +517,10 @@ class _Transforms:
         return rigid.interpolate(poses[stamps[i - 1]], poses[stamps[i]], share)
 
 
-def _heard(bag: Path, there: dict[str, str], topics: dict[str, str], rectified: bool) -> tuple[_Transforms, dict]:
-    """All of TF, and each camera's calibration. ValueError where a calibration changes on the way."""
+def _heard(bag: Path, there: dict[str, str], cameras: dict[str, str], rectified: bool) -> tuple[_Transforms, dict]:
+    """All of TF, and each camera's calibration; cameras: CameraInfo topic -> channel. ValueError where a calibration
+    changes on the way."""
     tf, infos = _Transforms(), {}
-    cameras = {_info_topic(topic): name for name, topic in topics.items()}
     wanted = [t for t in ("/tf", "/tf_static", *cameras) if t in there]
     first: dict[str, bytes] = {}
     for topic, _, message in _read(bag, set(wanted), None, None):

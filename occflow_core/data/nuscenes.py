@@ -261,25 +261,27 @@ class NuScenes:
     """A data set in nuScenes' layout, below `dataroot`.
 
     version: the tables' folder, e.g. "v1.0-trainval"; None where there is only one. cameras: channels in the order that
-    Frames have them. cache: folder for the parsed large tables; None: below dataroot, else in the user's cache.
-    progress: bars while tables are parsed.
+    Frames have them; None: all cameras of table sensor, nuScenes' own before others. cache: folder for the parsed large
+    tables; None: below dataroot, else in the user's cache. progress: bars while tables are parsed.
     """
 
     def __init__(
         self,
         dataroot: Path | str,
         version: str | None = None,
-        cameras: Sequence[str] = CAMERAS,
+        cameras: Sequence[str] | None = None,
         cache: Path | str | None = None,
         progress: bool = True,
     ):
-        self.dataroot, self.cameras, self.progress = Path(dataroot), tuple(cameras), progress
+        self.dataroot, self.progress = Path(dataroot), progress
         self.version = _version(self.dataroot) if version is None else version
         self.folder = self.dataroot / self.version
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.dataroot} has no tables {self.version}: there is no folder {self.folder}")
-        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
-            raise ValueError(f"cameras: expected some different channels, got {self.cameras}")
+        if cameras is not None:
+            self.cameras = tuple(cameras)
+            if not self.cameras or len(set(self.cameras)) != len(self.cameras):
+                raise ValueError(f"cameras: expected some different channels, got {self.cameras}")
         self._cache = tables.cache_folders(self.dataroot) if cache is None else [Path(cache)]
         self._given = (dataroot, version, cameras, cache, progress)
         self._tables: dict[str, list] = {}
@@ -288,6 +290,14 @@ class NuScenes:
 
     def __reduce__(self):
         return NuScenes, self._given  # a worker process opens its own: mapped columns do not travel
+
+    @cached_property
+    def cameras(self) -> tuple[str, ...]:
+        """Channels of the cameras, in the order that Frames have them."""
+        told = [row.channel for row in self._table("sensor") if row.modality == "camera"]
+        if not told:
+            raise ValueError(f"table sensor: no row is a camera ({self._path('sensor')})")
+        return (*(c for c in CAMERAS if c in told), *(c for c in dict.fromkeys(told) if c not in CAMERAS))
 
     # -- scenes and their keyframes
 
@@ -571,9 +581,9 @@ class NuScenes:
         """Where the label of a keyframe lies: kind "occ3d" (gts/) or "openocc" (openocc_v2/)."""
         return self.dataroot / _label_kind(kind)[0] / self.scene_of(sample) / sample / "labels.npz"
 
-    def occupancy(self, sample: str, kind: str) -> Occupancy:
-        """A keyframe's label in the Occ3D grid: kind "occ3d" or "openocc" (v2). Errors as `read_label`."""
-        return read_label(self.label_path(sample, kind), _label_kind(kind)[1], f"sample {sample}")
+    def occupancy(self, sample: str, kind: str, seen_by: str = "camera") -> Occupancy:
+        """A keyframe's label in the Occ3D grid: kind "occ3d" or "openocc" (v2). `seen_by`, errors: as `read_label`."""
+        return read_label(self.label_path(sample, kind), _label_kind(kind)[1], f"sample {sample}", seen_by)
 
     def boxes(self, sample: str) -> tuple[Box, ...]:
         """The annotated objects of a keyframe, with velocities by nuScenes' rule.
@@ -1021,19 +1031,22 @@ class NuScenes:
 # ---- labels
 
 
-def read_label(path: Path | str, classes: Classes, whose: str = "label") -> Occupancy:
+def read_label(path: Path | str, classes: Classes, whose: str = "label", seen_by: str = "camera") -> Occupancy:
     """An Occ3D or OpenOcc v2 `labels.npz` in the Occ3D grid.
 
     `semantics` (200, 200, 16) of any integer type with ids up to `classes.free`; `flow` (200, 200, 16, 2) m/s where the
     file has one, NaN = not known: what is not finite, or of 255 m/s and more in either component, becomes NaN, never
-    zero. `seen` is `mask_camera` where the file has it (Occ3D); without masks (OpenOcc v2) everything counts as seen.
+    zero. `seen` is `mask_camera` (seen_by "camera") or `mask_lidar` ("lidar") where the file has it (Occ3D); without
+    masks (OpenOcc v2) everything counts as seen.
     FileNotFoundError where there is no such file; ValueError naming the path for one that is broken or has another
     shape.
     """
-    path = Path(path)
+    if seen_by not in ("camera", "lidar"):
+        raise ValueError(f"{whose}: seen_by is 'camera' or 'lidar', got {seen_by!r}")
+    path, mask = Path(path), f"mask_{seen_by}"
     try:
         with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in ("semantics", "flow", "mask_camera") if name in file.files}
+            held = {name: file[name] for name in ("semantics", "flow", mask) if name in file.files}
     except FileNotFoundError:
         raise FileNotFoundError(f"{whose}: no label file {path}") from None
     except Exception as error:  # a broken archive shows itself as one of many: zip, zlib, struct, EOF
@@ -1041,7 +1054,7 @@ def read_label(path: Path | str, classes: Classes, whose: str = "label") -> Occu
     if "semantics" not in held:
         raise ValueError(f"{whose}: {path} holds no array named semantics")
     shape = OCC3D_GRID.shape
-    for name, wanted in (("semantics", shape), ("mask_camera", shape), ("flow", (*shape, 2))):
+    for name, wanted in (("semantics", shape), (mask, shape), ("flow", (*shape, 2))):
         if name in held and held[name].shape != wanted:
             raise ValueError(f"{whose}: {name} is of shape {held[name].shape}, expected {wanted}: {path}")
     semantics = held["semantics"]
@@ -1058,10 +1071,10 @@ def read_label(path: Path | str, classes: Classes, whose: str = "label") -> Occu
         known = (flow.abs() < INVALID_FLOW).all(-1, keepdim=True)  # false for NaN too
         flow = torch.where(known, flow, torch.nan)
     seen = torch.ones(shape, dtype=torch.bool)
-    if "mask_camera" in held:
-        if held["mask_camera"].dtype.kind not in "biu" or not np.isin(held["mask_camera"], (0, 1)).all():
-            raise ValueError(f"{whose}: mask_camera holds something else than 0 and 1: {path}")
-        seen = torch.from_numpy(held["mask_camera"].astype(bool))
+    if mask in held:
+        if held[mask].dtype.kind not in "biu" or not np.isin(held[mask], (0, 1)).all():
+            raise ValueError(f"{whose}: {mask} holds something else than 0 and 1: {path}")
+        seen = torch.from_numpy(held[mask].astype(bool))
     return Occupancy(OCC3D_GRID, classes, torch.from_numpy(semantics.astype(np.uint8)), flow, seen)
 
 

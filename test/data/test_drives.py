@@ -336,6 +336,58 @@ def test_a_broken_picture_stops_or_is_counted(recorded_bag, tmp_path):
     assert done.pictures == 89 and sum(done.skipped.values()) == 1
 
 
+def renamed(make, topic, _, message):
+    """As another team records: topics, the place of CameraInfo and TF frames of its own, and a second LiDAR."""
+    frames = {"base_link": "chassis", "map": "site"}
+    if topic in ("/tf", "/tf_static"):
+        moved = [
+            replace(
+                one,
+                header=replace(one.header, frame_id=frames.get(one.header.frame_id, one.header.frame_id)),
+                child_frame_id=frames.get(one.child_frame_id, one.child_frame_id),
+            )
+            for one in message.transforms
+        ]
+        return replace(message, transforms=moved)
+    name = topic.split("/")[1].removeprefix("cam_")
+    if topic.endswith("camera_info"):
+        return f"/calibration/{name}", "sensor_msgs/msg/CameraInfo", message
+    return f"/rig/{name}/jpeg", "sensor_msgs/msg/CompressedImage", message
+
+
+def test_a_car_with_topics_and_frames_of_its_own_becomes_a_scene_of_its_own_cameras(frames, recorded_bag, tmp_path):
+    bag = rebagged(recorded_bag, tmp_path / "bag", renamed)
+    sides = {"LEFT": "front_left", "AHEAD": "front", "RIGHT": "front_right"}
+    given = {
+        "cameras": {name: f"/rig/{side}/jpeg" for name, side in sides.items()},
+        "infos": {name: f"/calibration/{side}" for name, side in sides.items()},
+        "base": "chassis",
+        "world": "site",
+    }
+    done = drives.bag_to_dataset(bag, tmp_path / "data", scene="x", progress=False, **given)
+    assert (done.pictures, done.keyframes, done.holes) == (45, 5, 0)
+    world = NuScenes(tmp_path / "data", progress=False)
+    assert world.cameras == ("LEFT", "AHEAD", "RIGHT"), "those of the tables, in their order"
+    read = world.frame(world.keyframes("x")[1])
+    places = [pattern.NAMES.index(f"CAM_{side.upper()}") for side in sides.values()]
+    ours, theirs = (f.world_from_car @ f.cameras.car_from_camera for f in (read, frames[3]))
+    assert torch.allclose(ours, theirs[places], atol=1e-4), "in the world: the newest of three pictures is another"
+    assert (read.images.int() - frames[3].images[places].int()).abs().float().mean() < 6
+    back = drives.write_scene_bag(tmp_path / "data", "x", tmp_path / "again", progress=False)
+    assert (back.pictures, back.keyframes, back.holes) == (45, 5, 0)
+    for wrong, words in (
+        ({"infos": {}}, "no CameraInfo of LEFT, AHEAD, RIGHT came"),
+        ({"infos": {"REAR": "/calibration/front"}}, "a CameraInfo topic of REAR, but the cameras are LEFT, AHEAD"),
+        ({"infos": {"LEFT": "/rig/front/jpeg"}}, "no CameraInfo on /rig/front/jpeg"),
+        ({"infos": dict.fromkeys(sides, "/calibration/front")}, "LEFT and AHEAD have the same CameraInfo topic"),
+        ({"world": "map"}, "TF does not join chassis to map"),
+        ({"quality": 0}, "quality is from 1 to 100, got 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            drives.bag_to_dataset(bag, tmp_path / "other", progress=False, **{**given, **wrong})
+        assert not (tmp_path / "other").exists()
+
+
 def test_bags_that_cannot_become_a_data_set_say_why(recorded_bag, tmp_path):
     def without(*topics):
         name = tmp_path / "-".join(t.strip("/").replace("/", "_") for t in topics)

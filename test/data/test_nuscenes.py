@@ -57,6 +57,16 @@ def exact(pose) -> torch.Tensor:
 # ---- frames
 
 
+def test_the_cameras_are_those_of_the_tables_nuscenes_own_first(mine):
+    path = mine / "v1.0-mini" / "sensor.json"
+    rows = json.loads(path.read_text())
+    rewrite(path, json.dumps([{"token": "0" * 32, "channel": "CAM_ROOF", "modality": "camera"}, *rows[::-1]]).encode())
+    assert opened(mine).cameras == (*layout.CAMERAS, "CAM_ROOF")
+    rewrite(path, json.dumps([row for row in rows if row["modality"] != "camera"]).encode())
+    with pytest.raises(ValueError, match="table sensor: no row is a camera .*sensor.json"):
+        _ = opened(mine).cameras
+
+
 def test_a_keyframe_has_the_pictures_the_stamps_and_the_pose_of_its_tables(world):
     frame = world.frame(world.keyframes(SCENE)[3])
     assert frame.stamp == BEGIN + 1_500_000_000 and frame.drive == SCENE and frame.names == layout.CAMERAS
@@ -370,15 +380,23 @@ def empty(free=17, kind=np.uint8):
     return np.full((200, 200, 16), free, kind)
 
 
-def test_occ3d_is_seen_where_a_camera_saw_and_has_no_flow(mine):
+def test_occ3d_is_seen_where_a_camera_or_if_asked_for_the_lidar_saw_and_has_no_flow(mine):
     world = opened(mine)
     sample = world.samples(SCENE)[1]
-    semantics, mask = empty(), np.zeros((200, 200, 16), np.uint8)
-    semantics[3, 4, 5], mask[3, 4, :6] = OCC3D.id("car"), 1
-    label(mine / "gts" / SCENE / sample / "labels.npz", semantics=semantics, mask_lidar=mask * 0, mask_camera=mask)
+    semantics, camera, lidar = empty(), np.zeros((200, 200, 16), np.uint8), np.zeros((200, 200, 16), np.uint8)
+    semantics[3, 4, 5], camera[3, 4, :6], lidar[3, 4:6, :9] = OCC3D.id("car"), 1, 1
+    path = mine / "gts" / SCENE / sample / "labels.npz"
+    label(path, semantics=semantics, mask_lidar=lidar, mask_camera=camera)
     truth = world.occupancy(sample, "occ3d")
     assert truth.classes is OCC3D and truth.flow is None and truth.labels[3, 4, 5] == 4
     assert truth.seen.sum() == 6 and truth.seen[3, 4, 5] and (truth.labels == 17).sum() == 639_999
+    assert world.occupancy(sample, "occ3d", seen_by="lidar").seen.numpy().tolist() == (lidar > 0).tolist()
+    with pytest.raises(ValueError, match=f"sample {sample}: seen_by is 'camera' or 'lidar', got 'radar'"):
+        world.occupancy(sample, "occ3d", seen_by="radar")
+    label(path, semantics=semantics, mask_lidar=lidar * 3, mask_camera=camera)
+    assert torch.equal(world.occupancy(sample, "occ3d").seen, truth.seen), "the other mask is not looked at"
+    with pytest.raises(ValueError, match=f"sample {sample}: mask_lidar holds something else than 0 and 1"):
+        world.occupancy(sample, "occ3d", seen_by="lidar")
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64, np.uint16])
