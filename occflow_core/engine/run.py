@@ -79,6 +79,9 @@ class Run:
     seed: int = 0  # of weights, order, augmentation and dropout
     resize: str = "fast"  # how pictures are resized where they are not varied; the weights carry it to the car
     weights: Path | None = None  # begin with these of the same model and config; None: at random
+    # the backbone begins with "imagenet" (EfficientNet-Lite0) or with a .pth file of torchvision or mmdetection
+    backbone: str | None = None
+    frozen: tuple[str, ...] = ()  # patterns of parameters that stay as they begin, e.g. ("backbone.layer1.*",)
     checkpointing: tuple[str, ...] = ()  # parts whose activations are computed twice, not kept, e.g. ("backbone",)
     frozen_norms: bool = False  # batch norms keep the statistics they began with: for batches too small to have any
     deterministic: bool | None = None  # refuse kernels whose sums change from run to run; None: on CPUs only

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .distributed import Processes, joined
 from .fit import Step, fit
 from .loader import Batches, batches, coloured
 from .optimise import Average, Optimiser, still
+from .pretrained import fill_backbone
 from .reports import Bar, Curve, Events
 from .run import Run, World, differences, told
 
@@ -71,6 +73,7 @@ def _train(run: Run, out: Path, processes: Processes, after_step, progress: bool
 
     # ---- the network, its optimiser, and where they were
     system = _built(run).to(device).train()
+    _freeze(system, run.frozen)
     if run.frozen_norms:
         still(system)
     for name in run.checkpointing:
@@ -207,12 +210,28 @@ def _built(run: Run) -> nn.Module:
     made = SYSTEMS[name]
     if run.weights is None:
         torch.manual_seed(run.seed)
-        return made(run.config)
+        system = made(run.config)
+        if run.backbone is not None:
+            fill_backbone(system, run.backbone)
+        return system
     system = runtime.load(run.model, run.weights).system
     wrong = differences(*(_as_dict(config) for config in (system.config, run.config)))
     if wrong:
         raise ValueError(f"{run.weights} is of another config: {'; '.join(wrong)}")
     return system
+
+
+def _freeze(system: nn.Module, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        found = [p for name, p in system.named_parameters() if fnmatchcase(name, pattern)]
+        if not found:
+            raise ValueError(f"frozen: no parameter fits {pattern!r}; they are named like {_some_names(system)}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
+def _some_names(system: nn.Module) -> str:
+    return ", ".join(name for name, _ in list(system.named_parameters())[:3])
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class Config:
     frames: int = 8  # times of a window, SPACING apart
     dropout: float = 0.1  # in training, of what queries say to each other and of the feed-forward block
     threshold: float = 0.5  # a score above this makes a voxel occupied
+    closing: bool = True  # whether gaps between occupied voxels are closed
     flow: bool = False  # whether each point has a velocity
     as_published: bool = True  # the authors' sampling rules, oddities included; their weights need them
     grid: Grid = field(default=OCC3D_GRID)  # where occupancy is told
@@ -570,10 +571,11 @@ def _flow_loss(flow: Tensor, targets: Sequence[_Target], met: Sequence[Tensor]) 
     """Velocities (B, P, 2), L1: each point that met a voxel of a class that moves is as fast as that. Ours."""
     total, count = flow.sum() * 0.0, 0
     for mine, target, voxel in zip(flow, targets, met, strict=True):
-        true = target.flow[voxel]
-        known = true.isfinite().all(-1)
-        total = total + (mine[known] - true[known]).abs().sum()
-        count = count + known.sum()
+        if len(voxel):
+            true = target.flow[voxel]
+            known = true.isfinite().all(-1)
+            total = total + (mine[known] - true[known]).abs().sum()
+            count = count + known.sum()
     return FLOW_WEIGHT * total / mean_over_processes(torch.as_tensor(count, device=flow.device).to(flow))
 
 
@@ -611,16 +613,17 @@ def _decode(points: Tensor, logits: Tensor, flow: Tensor | None, config: Config)
     sure = (scores > threshold).any(-1)
     where, scores = where[sure], scores[sure]
     best, label = scores.max(-1)
-    added, added_label, added_best = _closing(where, scores, grid.shape, threshold)
     labels = torch.full((volume,), classes.free, dtype=torch.uint8, device=points.device)
     score = points.new_zeros(volume)
     labels[where], score[where] = label.to(torch.uint8), best
-    labels[added], score[added] = added_label.to(torch.uint8), added_best
-    dense = None
-    if speed is not None:
-        dense = points.new_zeros(volume, 2)
+    dense = None if speed is None else points.new_zeros(volume, 2)
+    if dense is not None:
         dense[where] = speed[sure]
-        dense[added] = _neighbours_mean(where, speed[sure], added, grid.shape)
+    if config.closing:
+        added, label, best = _closing(where, scores, grid.shape, threshold)
+        labels[added], score[added] = label.to(torch.uint8), best
+        if dense is not None:
+            dense[added] = _neighbours_mean(where, speed[sure], added, grid.shape)
     shape = grid.shape
     return Prediction(
         grid,
