@@ -167,6 +167,7 @@ def batches(dataset: Batches, workers: int, start: int, stop: int) -> Iterator[t
         num_workers=workers,
         # spawned, not forked: threads of PyTorch and Embree do not survive a fork
         multiprocessing_context="spawn" if workers else None,
+        generator=torch.Generator(),  # else it would draw from the one that dropout draws from
     )
     for batch in loader:
         if isinstance(batch, Failure):

@@ -1,6 +1,7 @@
 """A very small system with a memory, a dropout and a batch norm, a data set to train it on, and its command line.
 
-Run as a program: python test/engine/tiny.py OUT ROOT field=value ...; under torchrun too.
+Run as a program, under torchrun too: python test/engine/tiny.py MODEL OUT ROOT field=value ..., where MODEL is "tiny"
+or "opus". DIES=RANK:STEP in the environment takes that process away after that step, as a power cut would, once.
 """
 
 import json
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(TEST)
 
 from data import layout  # noqa: E402
+from systems import small  # noqa: E402
 
 from occflow_core.data.nuscenes import NuScenes  # noqa: E402
 from occflow_core.engine import Data, Optimise, Run  # noqa: E402
@@ -28,6 +30,7 @@ from occflow_core.geometry import Cameras, Grid  # noqa: E402
 from occflow_core.systems import SYSTEMS  # noqa: E402
 from occflow_core.types import OPENOCC, Classes, Prediction  # noqa: E402
 
+OPUS_GRID = Grid((-6.0, -6.0, -1.0), (0.4, 0.4, 0.4), (30, 30, 16))
 GRID = Grid((-2.0, -2.0, -1.0), (0.4, 0.4, 0.4), (10, 10, 4))  # a part of the labels' own
 
 
@@ -122,11 +125,11 @@ def world(root: Path, scenes: int = 3, keyframes: int = 7) -> Path:
     return root
 
 
-def run(root: Path) -> Run:
+def run(root: Path, model: str = "tiny") -> Run:
     return Run(
-        model="tiny-preset",
-        config=Config(),
-        data=Data(root=root, turn=0.0),
+        model={"tiny": "tiny-preset", "opus": "opus-nano"}[model],
+        config=Config() if model == "tiny" else replace(small.CONFIG, grid=OPUS_GRID, classes=OPENOCC.table),
+        data=Data(root=root, parts=1, cache=0.1),
         optimise=Optimise(rate=1e-2, rates=(("backbone.*", 0.5),), warm_up=4, average=0.9),
         steps=12,
         batch=2,
@@ -154,9 +157,16 @@ def main() -> int:
     from occflow_core.engine import with_settings
     from occflow_core.engine.train import train
 
-    out, root, *settings = sys.argv[1:]
+    model, out, root, *settings = sys.argv[1:]
+    rank, _, last = os.environ.get("DIES", "-1:0").partition(":")
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    def dies(step, _):
+        if first_life and os.environ.get("RANK", "0") == rank and step.number == int(last):
+            os.kill(os.getpid(), signal.SIGKILL)
+
     try:
-        train(with_settings(run(Path(root)), settings), out, "cpu", progress=False)
+        train(with_settings(run(Path(root), model), settings), out, "cpu", after_step=[dies], progress=False)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as problem:
         print(f"tiny: {problem}", file=sys.stderr)
         return 1
