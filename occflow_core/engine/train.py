@@ -238,14 +238,14 @@ def _keep_no_activations(system: nn.Module, name: str) -> None:
     @contextmanager
     def again():
         """The second time, batch norms must not learn the same batch's statistics again."""
-        tracking = [norm.track_running_stats for norm in norms]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
-            norm.track_running_stats = norm.track_running_stats and not norm.training
+            norm.momentum, norm.num_batches_tracked = 0.0, None
         try:
             yield
         finally:
-            for norm, was in zip(norms, tracking):
-                norm.track_running_stats = was
+            for norm, (momentum, count) in zip(norms, before):
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
     once = part.forward
     part.forward = partial(twice, once, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
