@@ -222,17 +222,13 @@ def demo(
 SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, train, show, convert, bench, demo)}
 
 
-def gathered(arguments: list[str] | None, option: str) -> list[str]:
+def gathered(arguments: list[str], option: str) -> list[str]:
     """`--set a --set b` is `--set a b`: of an option that is given twice, tyro would keep the last."""
-    words = iter(sys.argv[1:] if arguments is None else arguments)
     others, values, taking = [], [], False
-    for word in words:
-        if word == option:
-            taking = True
-            continue
-        taking = taking and not word.startswith("-")
+    for word in arguments:
+        taking = word == option or (taking and not word.startswith("-"))
         (values if taking else others).append(word)
-    return [*others, option, *values] if values else others
+    return others + [option] * bool(values) + [word for word in values if word != option]
 
 
 def _show_sentences(function) -> None:
@@ -251,13 +247,14 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, 1 after a mistake that was named in one sentence, 2 for a command line that cannot be."""
     import tyro
 
+    given = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the node, before PyTorch is loaded (docs/log.md)
     try:
         for function in SUBCOMMANDS.values():
             _show_sentences(function)
         for option in ("--set", "--camera", "--info"):
-            arguments = gathered(arguments, option)
-        tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, prog="occflow", args=arguments)
+            given = gathered(given, option)
+        tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, prog="occflow", args=given)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as problem:
         print(f"occflow: {problem}", file=sys.stderr)
         return 1

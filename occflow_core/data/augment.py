@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..geometry import Cameras, rigid
+from ..geometry import Cameras, Grid, rigid
 from ..types import Clip, Frame, Occupancy
 
 # ---- pictures
@@ -195,6 +195,8 @@ def _product(new: Tensor, now_from_then: Tensor, new_then: Tensor) -> Tensor:
 
 def _moved_truth(truth: Occupancy, new_from_car: Tensor) -> Occupancy:
     grid, device = truth.grid, truth.labels.device
+    if _onto_itself(grid, new_from_car):
+        return _permuted(truth, new_from_car)
     # where did what is now in a voxel lie before? centres lie far from edges, so quarter turns round to nothing
     old, inside = grid.index(rigid.apply(new_from_car.mT, grid.centres(torch.float64)))
     ix, iy, iz = old.to(device).unbind(-1)
@@ -206,6 +208,28 @@ def _moved_truth(truth: Occupancy, new_from_car: Tensor) -> Occupancy:
         flow = torch.where(inside[..., None], flow, torch.nan)
     free = torch.full_like(labels, truth.classes.free)
     return replace(truth, labels=torch.where(inside, labels, free), flow=flow, seen=seen)
+
+
+def _onto_itself(grid: Grid, new_from_car: Tensor) -> bool:
+    """Does every voxel land in one voxel? Mirrors and quarter turns of a grid with the car in its middle."""
+    swapped = new_from_car[0, 0] == 0
+    middle = all(abs(low + high) < 1e-6 for low, high in zip(grid.low[:2], grid.high[:2]))
+    square = grid.shape[0] == grid.shape[1] and grid.voxel[0] == grid.voxel[1]
+    return middle and set(new_from_car[:2, :2].abs().flatten().tolist()) == {0.0, 1.0} and (square or not swapped)
+
+
+def _permuted(truth: Occupancy, new_from_car: Tensor) -> Occupancy:
+    """The truth moved by a matrix of which `_onto_itself` is true, a hundred times as fast as by indices."""
+    matrix = new_from_car[:2, :2]
+    mirrored = [axis - 3 for axis in range(2) if matrix[axis].sum() < 0]  # -3 is x, -2 is y
+
+    def placed(volume: Tensor) -> Tensor:
+        return (volume.transpose(-3, -2) if matrix[0, 0] == 0 else volume).flip(mirrored)
+
+    flow = None
+    if truth.flow is not None:
+        flow = torch.stack([placed(part) for part in truth.flow.unbind(-1)], dim=-1) @ matrix.mT.to(truth.flow)
+    return replace(truth, labels=placed(truth.labels), flow=flow, seen=placed(truth.seen))
 
 
 # ---- colours

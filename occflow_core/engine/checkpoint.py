@@ -22,12 +22,19 @@ from torch import Tensor
 from .distributed import Processes
 
 FORMAT = 1
-_NAME = "step-{:08d}"
 
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the highest step; None where there is none."""
     return max((path for path in folder.glob("step-*") if path.is_dir()), default=None)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def write(
@@ -44,7 +51,7 @@ def write(
 
     OSError, with the older checkpoints as they were, where there is no room.
     """
-    path = folder / _NAME.format(step)
+    path = path_of(folder, step)
     beside = folder / f".{path.name}.part"
     try:
         if processes.first:

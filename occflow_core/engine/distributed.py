@@ -36,12 +36,13 @@ class Processes:
         if self.count > 1:
             distributed.barrier()
 
-    def agree(self, value: object) -> object:
-        """The first process' value, on all."""
-        values = [value]
-        if self.count > 1:
-            distributed.broadcast_object_list(values, device=self.device)
-        return values[0]
+    def agree(self, number: int) -> int:
+        """The first process' number, on all."""
+        if self.count == 1:
+            return number
+        numbers = torch.tensor([number], device=self.device)
+        distributed.broadcast(numbers, 0)
+        return int(numbers)
 
     def mean(self, values: list[float]) -> list[float]:
         """Numbers, averaged over all processes."""

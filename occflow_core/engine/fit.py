@@ -33,16 +33,19 @@ def fit(
     forward: nn.Module,
     system: nn.Module,
     batches: Iterator[tuple[Clip, Occupancy]],
+    ready: Callable[[int, Clip, Occupancy], tuple[Clip, Occupancy]],
     optimiser: Optimiser,
     steps: int,
     start: int = 0,
     memory: Any = None,
+    remembers: bool = True,
     after_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """Steps `start` to `steps` - 1. forward: the system as it is called, e.g. in DistributedDataParallel.
 
-    memory: what the system remembers of the batch before the first. FloatingPointError that names the terms for a loss
-    that is not finite; the weights are then those of the step before.
+    ready: a batch's number, from 0 for the first of step 0, and the batch -> the batch on the device. memory: what the
+    system remembers of the batch before the first. remembers: lanes go on from batch to batch; else each is by itself.
+    FloatingPointError that names the terms for a loss that is not finite; the weights are then as before it.
     """
     accumulate = optimiser.settings.accumulate
     for number in range(start, steps):
@@ -51,10 +54,12 @@ def fit(
             asked = time.perf_counter()
             clip, truth = next(batches)
             waited += time.perf_counter() - asked
+            clip, truth = ready(number * accumulate + part, clip, truth)
             last = part == accumulate - 1
             with nullcontext() if last or forward is system else forward.no_sync():
                 with optimiser.precision():
                     output, memory = forward(clip, memory)
+                memory = memory if remembers else None
                 terms = system.loss(as_float32(output), truth)
                 told.append(_finite(number, terms))
                 optimiser.backward(torch.stack(list(terms.values())).sum())

@@ -18,9 +18,10 @@ from ..data import augment, windows
 from ..data.nuscenes import Moment, NuScenes
 from ..geometry import Grid
 from ..runtime.prepare import prepare
-from ..types import Clip, Frame, Occupancy
+from ..types import NANO, Clip, Frame, Occupancy
 from .run import Data
 
+LONGEST_GAP = 2.0  # s between two keyframes that follow each other
 _ORDER, _DRIVE, _WINDOW, _COLOURS = range(4)  # draws that must not be the same numbers
 
 
@@ -100,8 +101,7 @@ class Batches(Dataset):
         """config: the system's; lanes: those of this process, of all there are. ValueError where the labels do not fit
         the config, or the split has no keyframes."""
         self.world, self.data, self.config, self.resize, self.lanes = world, data, config, resize, lanes
-        scenes = [world.samples(scene) for scene in world.split(data.train)]
-        scenes = [samples for samples in scenes if samples]
+        scenes = [part for scene in world.split(data.train) for part in _unbroken(world, scene)]
         if not scenes:
             raise ValueError(f"split {data.train} of {world.folder} has no keyframes to train on")
         if data.window == "stream":
@@ -167,6 +167,7 @@ def batches(dataset: Batches, workers: int, start: int, stop: int) -> Iterator[t
         num_workers=workers,
         # spawned, not forked: threads of PyTorch and Embree do not survive a fork
         multiprocessing_context="spawn" if workers else None,
+        generator=torch.Generator(),  # else it would draw from the one that dropout draws from
     )
     for batch in loader:
         if isinstance(batch, Failure):
@@ -206,6 +207,18 @@ def fitted(truth: Occupancy, config: Any) -> Occupancy:
 def _cut(truth: Occupancy, grid: Grid, at: tuple[slice, ...]) -> Occupancy:
     flow = None if truth.flow is None else truth.flow[at]
     return Occupancy(grid, truth.classes, truth.labels[at], flow, truth.seen[at])
+
+
+def _unbroken(world: NuScenes, scene: str) -> list[tuple[str, ...]]:
+    """A scene's keyframes, cut where so much time is missing that a car would have forgotten (`runtime.Stream`)."""
+    parts: list[list[str]] = []
+    last = None
+    for moment in world.keyframes(scene):
+        if last is None or (moment.stamp - last) / NANO > LONGEST_GAP:
+            parts.append([])
+        parts[-1].append(moment.sample)
+        last = moment.stamp
+    return [tuple(part) for part in parts]
 
 
 def _world_draw(data: Data, rng: np.random.Generator) -> Tensor | None:

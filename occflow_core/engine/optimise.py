@@ -58,8 +58,9 @@ class Optimiser:
         """Adam's state by the names of the parameters; zeros for those that had no gradient yet."""
         named = {}
         for name, p in self.system.named_parameters():
-            state = self.adam.state.get(p) or {"step": torch.zeros(()), "exp_avg": p * 0, "exp_avg_sq": p * 0}
-            named |= {f"{name}/{key}": state[key].detach() for key in ("step", "exp_avg", "exp_avg_sq")}
+            none = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state = self.adam.state.get(p, none)
+            named |= {f"{name}/{key}": state[key].detach() for key in none}
         return named
 
     def fill(self, moments: Mapping[str, Tensor]) -> None:

@@ -109,31 +109,27 @@ def _train(run: Run, out: Path, processes: Processes, after_step, progress: bool
         if (step.number + 1) % run.save_every == 0 or step.number + 1 == run.steps:
             state.save(out / "checkpoints", step.number + 1, step.memory)
 
-    first, last = start * optimise.accumulate, run.steps * optimise.accumulate
-    loaded = batches(dataset, run.data.workers, first, last)
+    def ready(number: int, clip: Clip, truth: Occupancy) -> tuple[Clip, Occupancy]:
+        clip = clip.to(device)
+        return coloured(clip, run.seed, number, lanes) if run.data.colours else clip, truth.to(device)
+
     fit(
         forward,
         system,
-        _on_device(loaded, first, run, lanes, device),
+        batches(dataset, run.data.workers, start * optimise.accumulate, run.steps * optimise.accumulate),
+        ready,
         optimiser,
         run.steps,
         start,
         memory,
-        after,
+        remembers=run.data.window == "stream",
+        after_step=after,
     )
     weights = out / "weights.safetensors"
     if processes.first:
         runtime.save(model().system, run.model, run.resize, weights, trained=True)
     processes.wait()
     return weights
-
-
-def _on_device(
-    loaded: Iterator[tuple[Clip, Occupancy]], first: int, run: Run, lanes: range, device: torch.device
-) -> Iterator[tuple[Clip, Occupancy]]:
-    for number, (clip, truth) in enumerate(loaded, first):
-        clip = clip.to(device)
-        yield coloured(clip, run.seed, number, lanes) if run.data.colours else clip, truth.to(device)
 
 
 # ---- where a run is
@@ -170,9 +166,11 @@ class _State:
 
         ValueError for a checkpoint of another run or with tensors that do not fit, all of them listed.
         """
-        path = self.processes.agree(checkpoint.newest(folder))
-        if path is None:
+        newest = checkpoint.newest(folder)
+        step = self.processes.agree(-1 if newest is None else checkpoint.step_of(newest))
+        if step < 0:
             return 0, None
+        path = checkpoint.path_of(folder, step)
         about, found = checkpoint.read(path / "state")
         if about.get("format") != checkpoint.FORMAT:
             raise ValueError(f"{path} is of format {about.get('format')}, expected {checkpoint.FORMAT}")
@@ -259,14 +257,14 @@ def _keep_no_activations(system: nn.Module, name: str) -> None:
     @contextmanager
     def again():
         """The second time, batch norms must not learn the same batch's statistics again."""
-        tracking = [norm.track_running_stats for norm in norms]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
-            norm.track_running_stats = norm.track_running_stats and not norm.training
+            norm.momentum, norm.num_batches_tracked = 0.0, None
         try:
             yield
         finally:
-            for norm, was in zip(norms, tracking):
-                norm.track_running_stats = was
+            for norm, (momentum, count) in zip(norms, before):
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
     once = part.forward
     part.forward = partial(twice, once, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))

@@ -222,6 +222,29 @@ def double(cameras: Cameras) -> Cameras:
     return cameras.to(torch.float64)
 
 
+@pytest.mark.parametrize(
+    ("grid", "quick"),
+    [
+        (GRID, True),
+        (Grid((-4.0, -4.0, -1.0), (0.5, 1.0, 0.5), (16, 8, 4)), False),  # not square: only mirrors are quick
+        (Grid((-4.0, -3.0, -1.0), (0.5, 0.5, 0.5), (16, 16, 4)), False),  # the car is not in the middle
+    ],
+)
+@pytest.mark.parametrize("name", MOVES)
+def test_mirrors_and_quarters_are_moved_without_indices_to_the_same_places(lane, grid, quick, name, monkeypatch):
+    clip, whole = lane
+    shape = grid.shape
+    labels, flow, seen = (
+        t.flatten(0, 2)[: len(grid)].unflatten(0, shape) for t in (whole.labels, whole.flow, whole.seen)
+    )
+    truth = Occupancy(grid, OPENOCC, labels, flow, seen)
+    assert augment._onto_itself(grid, MOVES[name]) == (quick or (name in "xy" and grid.low[1] == -4))
+    _, one = augment.moved(clip, truth, MOVES[name])
+    monkeypatch.setattr(augment, "_onto_itself", lambda *_: False)
+    _, other = augment.moved(clip, truth, MOVES[name])
+    same_truth(one, other)
+
+
 def test_a_place_of_the_clip_before_is_followed_by_the_matrix_of_that_clip(lane):
     clip, _ = lane
     now, last = augment.flip(y=True), augment.turn(90)
