@@ -145,7 +145,11 @@ class Batches(Dataset):
         return augment.seen(frame, view)
 
     def _truth(self, sample: str) -> Occupancy:
-        return self.cache.get(sample, lambda: _Packed(self.world.occupancy(sample, self.data.labels)), len).unpacked()
+        return self.cache.get(sample, lambda: _Packed(self._label(sample)), len).unpacked()
+
+    def _label(self, sample: str) -> Occupancy:
+        label = self.world.occupancy(sample, self.data.labels)
+        return replace(label, seen=self.world.occupancy(sample, "occ3d").seen) if self.data.camera_mask else label
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ class Data:
     version: str | None = None  # of its tables, e.g. "v1.0-trainval"; None where there is only one
     world: World | None = None  # made at `root` before anything else, as far as it is not there yet
     labels: Literal["openocc", "occ3d"] = "openocc"  # which truth
+    # what a camera sees is told by the Occ3D label of the keyframe; OpenOcc's own have no mask, all counts as seen
+    camera_mask: bool = False
     train: str = "train"  # the split to learn from
     val: str = "val"  # the split to be scored on
     # stream: a lane follows a drive, one keyframe a step, and remembers; window: each step brings all its times

@@ -66,10 +66,14 @@ def load(
     return Model(built.eval().to(device), name, about["trained"], about["resize"], digest)
 
 
-def save(system: nn.Module, model: str, resize: str, path: Path | str, *, trained: bool) -> None:
+def save(
+    system: nn.Module, model: str, resize: str, path: Path | str, *, trained: bool, half: bool = False
+) -> None:
     """Write weights so that `load(model, path)` has them back. The file appears whole or not at all.
 
-    trained: whether the weights have learned anything; files of random ones go on saying "(untrained)".
+    trained: whether the weights have learned anything; files of random ones go on saying "(untrained)". half: matrices
+    and kernels as float16, which halves the file; biases, norms and their statistics stay float32. What is loaded
+    computes in float32 either way.
     """
     from safetensors.torch import save_file
 
@@ -77,7 +81,10 @@ def save(system: nn.Module, model: str, resize: str, path: Path | str, *, traine
     if resize not in RESIZES or not isinstance(system, SYSTEMS[name]):
         raise ValueError(f"save: {model} with resize {resize!r} does not describe a {type(system).__name__}")
     about = {"system": name, "preset": preset, "resize": resize, "trained": trained, "config": asdict(system.config)}
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in system.state_dict().items()}
+    tensors = {
+        key: tensor.detach().cpu().to(torch.float16 if half and tensor.ndim > 1 else tensor.dtype).contiguous()
+        for key, tensor in system.state_dict().items()
+    }
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -68,6 +68,29 @@ NAME_WEIGHTS = {  # of a class's scores, whether they should be high or low
     "vegetation": 1.0,
 }
 
+# ---- where our own networks begin; the authors draw places, moves and names at random, and have 340,000 samples
+GROUND = 0.0  # m: the queries begin spread evenly over it ...
+HEIGHT = 0.3  # m: ... and their points around them, to their neighbours' and this far up and down
+SHARES = {  # of the occupied voxels of streets (the synthetic world's, 100 keyframes): what a point is called at first
+    "others": 0.001,
+    "barrier": 0.014,
+    "bicycle": 0.0008,
+    "bus": 0.004,
+    "car": 0.045,
+    "construction_vehicle": 0.004,
+    "motorcycle": 0.0004,
+    "pedestrian": 0.003,
+    "traffic_cone": 0.0006,
+    "trailer": 0.0013,
+    "truck": 0.016,
+    "driveable_surface": 0.22,
+    "other_flat": 0.035,
+    "sidewalk": 0.16,
+    "terrain": 0.18,
+    "manmade": 0.2,
+    "vegetation": 0.11,
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -116,7 +139,26 @@ PRESETS = {
     "small": Config(256, 704, queries=1200, refines=(1, 4, 8, 16, 32, 64), samples=2),
     "medium": Config(256, 704, queries=2400, refines=(1, 2, 4, 8, 16, 32), samples=2),
     "large": Config(256, 704, queries=4800, refines=(1, 2, 4, 8, 16, 16), samples=2),
-    # ours: answers in a fraction of a second on two processor cores
+    # ours: learned on the synthetic world within an hour on two processor cores, and shipped
+    "demo": Config(
+        128,
+        352,
+        queries=600,
+        refines=(4, 16, 64),
+        samples=2,
+        backbone="efficientnet-lite0",
+        levels=3,
+        channels=96,
+        mixed=16,
+        hidden=192,
+        frames=4,
+        dropout=0.0,
+        threshold=0.3,
+        flow=True,
+        as_published=False,
+        classes=OPENOCC.table,
+    ),
+    # ours: the smallest
     "nano": Config(
         128,
         352,
@@ -202,16 +244,32 @@ class Opus(nn.Module):
         self.layers = nn.ModuleList(Layer(config, *points) for points in zip(before, config.refines, strict=True))
         for name, values in zip(("mean", "std"), self.backbone.normal, strict=True):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        self.initialise(prior=0.01)
+        self.initialise()
 
     @torch.no_grad()
-    def initialise(self, prior: float) -> None:
-        """Random weights as the authors draw them; `prior`: what a class scores before anything is learned."""
+    def initialise(self, prior: float | None = None) -> None:
+        """Random weights as the authors draw them; our own networks begin on the ground, see GROUND, HEIGHT, SHARES.
+
+        prior: what every class scores before anything is learned; None: 0.01 as published, else each class its share.
+        """
+        config = self.config
         self.backbone.initialise()
         self.neck.initialise()
-        nn.init.uniform_(self.queries.weight)
+        shares = [0.01 if config.as_published else SHARES[name] for name in config.table.names]
         for layer in self.layers:
-            layer.initialise(prior)
+            layer.initialise(torch.tensor(shares if prior is None else [prior] * len(shares)))
+        if config.as_published:
+            nn.init.uniform_(self.queries.weight)
+            return
+        # even over the square whatever their number: multiples of the two plastic ratios (R2, Roberts 2018)
+        steps = torch.arange(1, config.queries + 1)[:, None] * torch.tensor([0.7548776662466927, 0.5698402909980532])
+        ground = (GROUND - config.grid.low[2]) / config.grid.size[2]
+        self.queries.weight[:, :2] = steps % 1
+        self.queries.weight[:, 2] = min(max(ground, 0.0), 1.0)
+        reach = math.sqrt(config.grid.size[0] * config.grid.size[1] / config.queries) / 2
+        for layer in self.layers:
+            moves = layer.move[-1].bias.view(-1, 3)
+            moves.uniform_(-1, 1).mul_(moves.new_tensor([reach, reach, HEIGHT]) / STEP)
 
     def forward(self, clip: Clip, memory: Memory | None) -> tuple[Output, Memory]:
         """A clip that brings `config.frames` times is the window; a shorter one is completed from memory."""
@@ -370,11 +428,12 @@ class Layer(nn.Module):
         self.move = _branch(c, 3 * after)
         self.flow = _branch(c, 2 * after) if config.flow else None
 
-    def initialise(self, prior: float) -> None:
+    @torch.no_grad()
+    def initialise(self, prior: Tensor) -> None:
         self.sampling.initialise()
         self.mixing.initialise()
         self.attention.initialise()
-        nn.init.constant_(self.name[-1].bias, math.log(prior / (1 - prior)))
+        self.name[-1].bias.copy_(prior.logit().repeat(self.after))
 
     def forward(self, query: Tensor, unit: Tensor, view: _View) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries (B, Q, C) with points (B, Q, P, 3), fractions of the box -> both anew, logits, velocities or None."""

@@ -4,9 +4,10 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 
 import pytest
 import torch
+from contract.options import OPTIONS, SMALL
+from systems.rig import drive
 from torch import Tensor
 
-from contract.options import OPTIONS, SMALL
 from occflow_core.data import augment
 from occflow_core.geometry import OCC3D_GRID, Grid
 from occflow_core.runtime import load, save
@@ -14,7 +15,6 @@ from occflow_core.runtime.load import Model
 from occflow_core.systems import SYSTEMS
 from occflow_core.systems.base import seeded
 from occflow_core.types import OCC3D, OPENOCC, Clip, Occupancy
-from systems.rig import drive
 
 GRID = Grid((-12.0, -10.0, -1.0), (1.0, 1.0, 0.8), (24, 20, 8))  # nothing about it is equal
 CLOSE = 2e-4  # m, m/s, logits: float32 rounds differently in batches of other sizes, layer after layer
@@ -270,9 +270,8 @@ def traits(system) -> Traits:
         learning, _ = system.train()(Clip.of(frames[::-1]), None)
         (made,) = system.eval().decode(output)
     shapes = {n: tuple(t.shape) for n, t in system.state_dict().items()}
-    return Traits(
-        shapes, [*tensors(output), *tensors(learning)], {k: v.item() for k, v in cost.items()}, [made.labels, made.score]
-    )
+    costs = {term: value.item() for term, value in cost.items()}
+    return Traits(shapes, [*tensors(output), *tensors(learning)], costs, [made.labels, made.score])
 
 
 @EACH

@@ -1,30 +1,40 @@
 """The weights that ship: a small OPUS with flow, learned from the synthetic world alone."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from occflow_core.engine import Data, Optimise, Run, World
 from occflow_core.systems.opus import PRESETS
-from occflow_core.types import OPENOCC
 
 
 def demo() -> Run:
-    """Made and trained on any machine: the world is generated first."""
+    """Made and trained on any machine: the world is made first. Two lanes, so that two processes can share them."""
     return Run(
-        model="opus-nano",
-        config=replace(PRESETS["nano"], classes=OPENOCC.table),
+        model="opus-demo",
+        config=PRESETS["demo"],
         data=Data(
             root=Path("out/train/world"),
-            world=World(scenes=36, seed=100),
+            # many short drives: the same street seen again teaches less than another street
+            world=World(scenes=72, seed=100, keyframes=12),
             train="world_train",
             val="world_val",
-            cache=8.0,
+            camera_mask=True,
+            view=False,
+            flips=True,
+            colours=False,  # an hour is too short to learn that colours do not matter; weather and light differ anyway
+            cache=4.0,
         ),
         optimise=Optimise(
+            rate=2e-3,
             rates=(("backbone.*", 0.1), ("layers.*.sampling.offset.*", 0.1)),
-            warm_up=200,
-            average=0.999,
+            betas=(0.9, 0.99),  # a short run: moments that forget within hundreds of steps, not thousands
+            warm_up=100,
+            average=0.998,
         ),
-        steps=4000,
-        batch=4,
+        steps=2000,
+        batch=2,
+        backbone="imagenet",
+        # what sees edges sees them here too; and most of the work lies in these large maps
+        frozen=("backbone.stem.*", "backbone.blocks.[0-4].*"),
+        frozen_norms=True,
+        save_every=250,
     )
