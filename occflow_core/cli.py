@@ -208,25 +208,22 @@ def bench(
         write_json(out, figures)
 
 
-OUT = Path("out/evaluate")
-
-
 def evaluate(
     recipe: Annotated[str, "name of a recipe: which model and data"],
     checkpoint: Annotated[Path | None, "its weights; without: the baselines alone"] = None,
     /,
     set: Annotated[tuple[str, ...], "field=value of the recipe, e.g. data.root=/data/nuscenes"] = (),
     scene: Annotated[tuple[str, ...], "only these; without: the recipe's validation split"] = (),
-    out: Annotated[Path, "folder of what is written; drives that are finished there are not repeated"] = OUT,
+    out: Annotated[
+        Path | None, "folder; drives that are finished there are not repeated; without: out/evaluate/RECIPE"
+    ] = None,
     against: Annotated[Literal["truth"] | None, "truth: fail unless the truth scores 100 % against itself"] = None,
     average: Annotated[Path | None, "map of the average world; without: beside the weights, or made"] = None,
     make_average: Annotated[bool, "only make that map, beside CHECKPOINT or in --out"] = False,
     absent: Annotated[
         Literal["zero", "skip"], "what a class that the truth never has is worth in mIoU: the 2023 challenge, SparseOcc"
     ] = "zero",
-    over: Annotated[
-        Literal["right rays", "all rays"], "which rays mAVE goes over: papers' code, the packaged scorer"
-    ] = "right rays",
+    over: Annotated[Literal["right", "all"], "rays of mAVE: right ones (papers); all (packaged scorer)"] = "right",
     sweeps: Annotated[bool, "the model also sees what lies between keyframes"] = False,
     submission: Annotated[bool, "also write the challenge's file (OpenOcc labels)"] = True,
     sign: Annotated[tuple[str, ...], "field=value of that file, e.g. team=Us"] = (),
@@ -242,7 +239,7 @@ def evaluate(
     from .engine.evaluate import average_path, evaluate_run, table
     from .engine.evaluate import make_average as make
 
-    run = with_settings(recipe_of(RECIPES, recipe), set)
+    run, out = with_settings(recipe_of(RECIPES, recipe), set), out or Path("out/evaluate") / recipe
     signed = dict(_field(text) for text in sign)
     if checkpoint is None and against is None and not make_average:
         raise ValueError("evaluate: name the weights, or ask for --against truth or --make-average")

@@ -143,7 +143,7 @@ def evaluate_into(
     about: dict[str, Any],
     submit: dict[str, str] | None = None,
     absent: Absent = "zero",
-    over: Over = "right rays",
+    over: Over = "right",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores everyone in the job over scenes; what is in `scores.json`, which appears in `out` beside `scores.md`.
@@ -191,7 +191,7 @@ def table(report: dict[str, Any]) -> str:
     told = report["samples expected"] - report["samples missing"]
     rules = [] if all(r["absent classes"] == "zero" for r in scores.values()) else ["absent classes left out"]
     rules += (
-        [] if all(r["flow"]["over"] == "right rays" for r in scores.values() if "flow" in r) else ["AVE over all rays"]
+        [] if all(r["flow"]["over"] == "right" for r in scores.values() if "flow" in r) else ["AVE over all rays"]
     )
     lines = [
         f"{told} of {report['samples expected']} keyframes in {report['scenes']} drives, labels {report['labels']} of "
@@ -257,7 +257,7 @@ def evaluate_run(
     sweeps: bool = False,
     submit: dict[str, str] | None = None,
     absent: Absent = "zero",
-    over: Over = "right rays",
+    over: Over = "right",
     device: str | torch.device = "cpu",
     keep_going: bool = False,
     progress: bool = True,

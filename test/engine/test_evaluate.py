@@ -132,7 +132,7 @@ def test_the_published_variants_can_be_asked_for_afterwards_and_are_named(tmp_pa
     model, system = guess(world)
     usual = scored(tmp_path, world, model)
     stepped = len(system.clips)
-    other = scored(tmp_path, world, model, absent="skip", over="all rays")
+    other = scored(tmp_path, world, model, absent="skip", over="all")
     assert len(system.clips) == stepped, "drives are not repeated for it"
     assert other["scores"][ASIDE]["mAVE"] != usual["scores"][ASIDE]["mAVE"]
     text = table(other)
