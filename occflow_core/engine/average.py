@@ -42,7 +42,7 @@ def average_world(world: NuScenes, scenes: Sequence[str], labels: str, progress:
     kinds = share.told(None if truth is None else votes.shape)
     shape = next((kind for kind in kinds if kind is not None), None)
     if shape is None:
-        raise ValueError(f"the average world needs keyframes, and the scenes {', '.join(scenes[:5])} have none")
+        raise ValueError(f"the average world needs keyframes, got those of {len(scenes)} scenes: none")
     if truth is None:  # more processes than scenes: the grid and the classes are another's
         votes, truth = torch.zeros(shape, dtype=torch.int32), world.occupancy(world.samples(scenes[0])[0], labels)
     votes = share.added(votes)

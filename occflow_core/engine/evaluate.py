@@ -190,9 +190,7 @@ def table(report: dict[str, Any]) -> str:
     names = {MODEL: report["model"]}
     told = report["samples expected"] - report["samples missing"]
     rules = [] if all(r["absent classes"] == "zero" for r in scores.values()) else ["absent classes left out"]
-    rules += (
-        [] if all(r["flow"]["over"] == "right" for r in scores.values() if "flow" in r) else ["AVE over all rays"]
-    )
+    rules += [] if all(r["flow"]["over"] == "right" for r in scores.values() if "flow" in r) else ["AVE over all rays"]
     lines = [
         f"{told} of {report['samples expected']} keyframes in {report['scenes']} drives, labels {report['labels']} of "
         f"{report['version']}{''.join(f', {rule}' for rule in rules)}",
@@ -289,7 +287,13 @@ def evaluate_run(
 def make_average(run: Run, path: Path, progress: bool = True) -> tuple[Prediction, str]:
     """The average world of a recipe's training split, written to `path`; and what it was counted over."""
     world = opened(run, progress)
-    made, keyframes = average_world(world, world.split(run.data.train), run.data.labels, progress)
+    scenes = world.split(run.data.train)
+    if not scenes:
+        raise ValueError(
+            f"split {run.data.train} of {world.folder} has no scenes to make the average world of: name its file "
+            "(--average FILE), or another split (--set data.train=NAME)"
+        )
+    made, keyframes = average_world(world, scenes, run.data.labels, progress)
     source = f"{_source(run, world)}, {keyframes} keyframes"
     if share.process()[0] == 0:
         save_average(made, path, source)

@@ -17,13 +17,13 @@ import torch
 from engine import drives
 
 from occflow_core.data.nuscenes import NuScenes
+from occflow_core.engine import Data, Optimise, Run, submission
 from occflow_core.engine import evaluate as module
-from occflow_core.engine import submission
 from occflow_core.engine.average import average_world, load, save
 from occflow_core.engine.evaluate import ASIDE, AVERAGE, MODEL, TRUTH, Job, aside, evaluate, evaluate_into, table
 from occflow_core.metrics import Scores, directions, origins
 from occflow_core.runtime import Model, Stream
-from occflow_core.types import OCC3D, OPENOCC
+from occflow_core.types import OCC3D, OPENOCC, Prediction
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +223,20 @@ def test_nothing_to_score_is_an_error(tmp_path, world):
             evaluate_into(tmp_path, Job(world, "openocc"), scenes, {}, progress=False)
 
 
+def test_a_truth_that_is_not_a_hundred_percent_against_itself_ends_in_an_error(tmp_path, world, monkeypatch):
+    monkeypatch.setattr(module, "as_prediction", lambda truth: module.aside(truth))
+    monkeypatch.setattr(module, "aside", lambda truth: truth_moved(truth))
+    report = scored(tmp_path, world, scenes=world.scenes[:1])
+    with pytest.raises(RuntimeError, match="must score 100 %, got .*'RayIoU': 0"):
+        module._perfect(report["scores"][TRUTH])
+
+
+def truth_moved(truth):
+    """The truth one voxel to the left, as a prediction."""
+    labels = truth.labels.roll(1, 1)
+    return Prediction(truth.grid, truth.classes, labels, torch.zeros(labels.shape), truth.flow.nan_to_num())
+
+
 # ---- the average world
 
 
@@ -267,6 +281,14 @@ def test_what_is_no_average_world_is_refused(tmp_path):
         load(tmp_path / "some")
     with pytest.raises(ValueError, match="is no map of the average world"):
         load(drives.weights(tmp_path / "weights"))
+
+
+def test_a_training_split_without_scenes_is_named(tmp_path):
+    root = drives.write(tmp_path / "data", 1)
+    (root / "v1.0-mini" / "splits.json").write_text('{"none": []}')
+    run = Run("opus-nano", drives.FULL, Data(root, train="none"), Optimise(), steps=1, batch=1)
+    with pytest.raises(ValueError, match="split none of .* has no scenes .*--average FILE"):
+        module.make_average(run, tmp_path / "a.safetensors", progress=False)
 
 
 # ---- the challenge's file
