@@ -67,9 +67,10 @@ def scored(out, world, model=None, scenes=None, **arguments):
 # ---- what is scored
 
 
+@pytest.mark.timeout(300)
 def test_scores_are_those_of_a_stream_that_is_stepped_by_hand(world):
-    by_hand = Scores(OPENOCC)
-    for scene in world.scenes:
+    by_hand, scenes = Scores(OPENOCC), world.scenes[:2]
+    for scene in scenes:
         stream, keyframes = Stream(drives.model()), world.keyframes(scene)
         data = [world.data(moment.reference) for moment in keyframes]
         lidar = [d.world_from_car @ d.car_from_sensor for d in data]
@@ -78,7 +79,7 @@ def test_scores_are_those_of_a_stream_that_is_stepped_by_hand(world):
             eyes = origins(lidar, k, data[k].car_from_sensor)
             assert len(eyes) == 3, "4 m from keyframe to keyframe: all of them are near"
             by_hand.add(moment.sample, stream.step(world.frame(moment)), truth, eyes)
-    assert evaluate(drives.model(), world, world.scenes, "openocc", progress=False).to_json() == by_hand.to_json()
+    assert evaluate(drives.model(), world, scenes, "openocc", progress=False).to_json() == by_hand.to_json()
 
 
 def test_each_drive_begins_fresh_and_frames_come_in_order(world):
