@@ -208,6 +208,74 @@ def bench(
         write_json(out, figures)
 
 
+def evaluate(
+    recipe: Annotated[str, "name of a recipe: which model and data"],
+    checkpoint: Annotated[Path | None, "its weights; without: the baselines alone"] = None,
+    /,
+    set: Annotated[tuple[str, ...], "field=value of the recipe, e.g. data.root=/data/nuscenes"] = (),
+    scene: Annotated[tuple[str, ...], "only these; without: the recipe's validation split"] = (),
+    out: Annotated[
+        Path | None, "folder; drives that are finished there are not repeated; without: out/evaluate/RECIPE"
+    ] = None,
+    against: Annotated[Literal["truth"] | None, "truth: fail unless the truth scores 100 % against itself"] = None,
+    average: Annotated[Path | None, "map of the average world; without: beside the weights, or made"] = None,
+    make_average: Annotated[bool, "only make that map, beside CHECKPOINT or in --out"] = False,
+    absent: Annotated[
+        Literal["zero", "skip"], "what a class that the truth never has is worth in mIoU: the 2023 challenge, SparseOcc"
+    ] = "zero",
+    over: Annotated[Literal["right", "all"], "rays of mAVE: right ones (papers); all (packaged scorer)"] = "right",
+    sweeps: Annotated[bool, "the model also sees what lies between keyframes"] = False,
+    submission: Annotated[bool, "also write the challenge's file (OpenOcc labels)"] = True,
+    sign: Annotated[tuple[str, ...], "field=value of that file, e.g. team=Us"] = (),
+    device: Annotated[str | None, "where the network runs; without: a GPU if there is one"] = None,
+    keep_going: Annotated[bool, "count keyframes that cannot be scored instead of stopping"] = False,
+) -> None:
+    """Scores of weights on a recipe's validation split, beside what costs nothing to predict; also under torchrun."""
+    from occflow_recipes import RECIPES
+
+    from .engine import recipe as recipe_of
+    from .engine import with_settings
+    from .engine.distributed import joined
+    from .engine.evaluate import average_path, evaluate_run, table
+    from .engine.evaluate import make_average as make
+
+    run, out = with_settings(recipe_of(RECIPES, recipe), set), out or Path("out/evaluate") / recipe
+    signed = dict(_field(text) for text in sign)
+    if checkpoint is None and against is None and not make_average:
+        raise ValueError("evaluate: name the weights, or ask for --against truth or --make-average")
+    if sign and (not submission or run.data.labels != "openocc"):
+        raise ValueError("evaluate: --sign is for the challenge's file, which needs OpenOcc labels and --submission")
+    with joined(device) as processes:
+        if make_average:
+            path = out / "average.safetensors" if checkpoint is None else average_path(checkpoint)
+            said = f"{path}: the average world of {make(run, path)[1]}"
+        else:
+            report = evaluate_run(
+                run,
+                checkpoint,
+                out,
+                scenes=scene,
+                against_truth=against == "truth",
+                average=average,
+                sweeps=sweeps,
+                submit=signed if submission and run.data.labels == "openocc" else None,
+                absent=absent,
+                over=over,
+                device=processes.device,
+                keep_going=keep_going,
+            )
+            said = f"{table(report)}\n\nin {out}"
+        if processes.first:
+            print(said)
+
+
+def _field(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"expected field=value, got {text!r}")
+    return name, value
+
+
 def demo(
     out: Annotated[Path, "folder for pictures, bags and summary.json"] = Path("out/demo"),
     seconds: Annotated[float, "length of the drive"] = 10.0,
@@ -219,7 +287,7 @@ def demo(
     print(run(out, seconds, rate))
 
 
-SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, train, show, convert, bench, demo)}
+SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, train, show, convert, evaluate, bench, demo)}
 
 
 def gathered(arguments: list[str], option: str) -> list[str]:

@@ -25,6 +25,10 @@ def occflow(*arguments: str) -> subprocess.CompletedProcess:
         (("convert", "opus-tiny", "nowhere.pth", "b.safetensors"), "nowhere.pth"),
         (("bench", "node", "--pictures", "nowhere"), "nowhere"),
         (("bench", "metrics", "--pictures", "nowhere"), "--pictures is for the node"),
+        (("evaluate", "domo", "a.safetensors"), "nearest is 'demo'"),
+        (("evaluate", "demo"), "--against truth or --make-average"),
+        (("evaluate", "demo", "a.safetensors", "--sign", "team"), "expected field=value, got 'team'"),
+        (("evaluate", "demo", "--against", "truth", "--set", "data.root=nowhere", "data.world=none"), "nowhere"),
         (("demo", "--seconds", "0"), "no second keyframe"),
         (("bag", "nowhere", "out", "--base", "chassis"), "add --to-dataset"),
         (("bag", "nowhere", "out", "--to-dataset", "--camera", "/front/image_raw"), "expected NAME=TOPIC"),
@@ -108,3 +112,29 @@ def test_bench_metrics_prints_a_table_with_memory_and_writes_the_same_figures_as
     assert set(figures["ms"]) == {"mIoU", "RayIoU", "mAVE", "all"} and figures["memory MB"] > 0
     for stage, ms in figures["ms"].items():
         assert ms["p50"] > 0 and f"| {stage} | {ms['p50']} |" in ended.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_evaluate_scores_weights_beside_baselines_and_makes_the_map_that_ships_with_them(tmp_path):
+    from engine import drives
+
+    data, out = drives.write(tmp_path / "data"), tmp_path / "out"
+    weights = drives.weights(tmp_path / "some.safetensors")
+    settings = f"data.root={data} data.world=none data.train=here_train data.val=here_val".split()
+    ended = occflow("evaluate", "demo", weights, "--make-average", "--set", *settings)
+    average = tmp_path / "some.average.safetensors"
+    assert ended.returncode == 0 and average.is_file() and "split here_train, 3 keyframes" in ended.stdout, ended
+    ended = occflow("evaluate", "demo", weights, "--out", out, "--against", "truth", "--set", *settings)
+    assert ended.returncode == 0, ended.stderr
+    for row in ("opus-nano", "average world", "truth, one voxel aside", "truth against truth | 100.00"):
+        assert f"\n| {row} | " in ended.stdout
+    report = json.loads((out / "scores.json").read_text())
+    assert report["samples expected"] == 6 and report["samples missing"] == 0 and report["split"] == "here_val"
+    assert "here_train, 3 keyframes" in report["average world of"] and len(report["weights"]) == 64
+    assert (out / "submission.gz").is_file()
+    again = occflow("evaluate", "demo", weights, "--out", out, "--sign", "team=us", "--set", *settings)
+    assert again.returncode == 0 and again.stdout == ended.stdout
+    alone = occflow("evaluate", "demo", "--out", tmp_path / "self", "--against", "truth", "--set", *settings)
+    assert alone.returncode == 0 and "opus" not in alone.stdout and "average world" in alone.stdout
+    assert not (tmp_path / "self" / "submission.gz").exists() and (tmp_path / "self" / "average.safetensors").exists()

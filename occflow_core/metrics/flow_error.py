@@ -19,7 +19,7 @@ from .tally import Tally, mean
 
 RIGHT = 2.0  # m: how far off a ray may be for its velocity to count
 OF_FLOW = 0.1  # weight of the velocities in the Occ Score
-Over = Literal["right rays", "all rays"]
+Over = Literal["right", "all"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class FlowError(Tally):
         self.errors[sample] = [(math.fsum(error[g].tolist()), int(g.sum())) for g in (*groups, kept & known)]
         self.samples.add(sample)
 
-    def result(self, over: Over = "right rays") -> FlowErrorResult:
+    def result(self, over: Over = "right") -> FlowErrorResult:
         """over: which rays of a sample count for a class, see above. ValueError if nothing was added."""
         self._scored()
         sums: list[list[float]] = [[] for _ in self.classes.moving]
@@ -73,7 +73,7 @@ class FlowError(Tally):
         for *classes, everything in self.errors.values():
             for c, (total, number) in enumerate(classes):
                 if number:
-                    total, number = (total, number) if over == "right rays" else everything
+                    total, number = (total, number) if over == "right" else everything
                     sums[c].append(total)
                     rays[c] += number
         ave = [math.fsum(s) / n if n else math.nan for s, n in zip(sums, rays)]

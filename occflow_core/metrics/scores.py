@@ -89,7 +89,7 @@ class Scores:
             raise ValueError(f"stored scores: {error!r} where a tally was expected") from None
         return scores
 
-    def result(self, absent: Absent = "zero", over: Over = "right rays") -> dict[str, Any]:
+    def result(self, absent: Absent = "zero", over: Over = "right") -> dict[str, Any]:
         """Everything that can be told, for `scores.json`: shares 0 to 1, errors in m/s, None where there is nothing.
 
         absent: as in `Miou.result`; over: as in `FlowError.result`. ValueError if nothing was added.

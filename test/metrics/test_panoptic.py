@@ -84,12 +84,21 @@ def test_segments_match_within_their_sample_only():
 
 
 def test_an_instance_of_two_classes_is_none():
-    """Its rays of a thing make one segment of what has no instance."""
+    """Its rays of a thing join those that have no instance."""
     true = rays([4] * 12 + [10] * 12, [10.0] * 24, classes=OCC3D)
     ids = torch.tensor([1] * 12 + [2] * 12)
     tally = RayPq(OCC3D)
-    tally.add("a", true, true, torch.tensor([7] * 24), ids)  # 7 is a car and a truck
+    tally.add("a", true, true, torch.tensor([0] * 6 + [7] * 18), ids)  # 7 is half a car and a truck
     assert tally.result().raypq == 1.0
+
+
+def test_segments_of_nine_rays_do_not_count_and_those_of_ten_do():
+    for rays_of_it, missed in ((9, 0), (10, 1)):
+        true = rays([4] * rays_of_it, [10.0] * rays_of_it, classes=OCC3D)
+        told = rays([FREE] * rays_of_it, [10.0] * rays_of_it, classes=OCC3D)
+        tally = RayPq(OCC3D)
+        tally.add("a", told, true, torch.zeros(rays_of_it), torch.ones(rays_of_it))
+        assert tally.result().missed["car"] == (missed,) * 3
 
 
 def test_instances_of_other_rays_are_refused():

@@ -79,9 +79,16 @@ def test_of_many_origins_eight_are_taken_evenly(there, taken):
 
 
 def test_the_lidar_at_the_keyframe_itself_is_exactly_the_mounting():
-    poses, mount = worked_drive()
-    far = [pose(37, (1e5, 3e6, 40.0)) @ p for p in poses]
-    assert torch.equal(origins(far, 0, mount)[0], mount[:3, 3])
+    poses, mount = worked_drive(8)
+    for degrees in range(0, 360, 7):
+        far = [pose(degrees, (1234.5678, 3456.789, 40.1)) @ p for p in poses]
+        assert all((origins(far, k, mount) == mount[:3, 3]).all(1).sum() == 1 for k in range(8))
+
+
+def test_places_are_cut_to_float32_on_their_way_as_published():
+    poses = [pose(0, (k / 3, k / 7, 0)) for k in range(5)]
+    got = origins(poses, 0, torch.eye(4, dtype=torch.float64))
+    assert torch.equal(got, got.float().double()) and got[1, 0] != 1 / 3
 
 
 @pytest.mark.parametrize(
