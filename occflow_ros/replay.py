@@ -7,6 +7,7 @@ that were recorded; nothing is decoded.
 import argparse
 import importlib
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from rosgraph_msgs.msg import Clock
 NANO = 1_000_000_000
 TICK = 0.01  # s of wall time between two /clock messages; each wakes every node that lives by it
 LEAD = 0.5  # s of wall time in which the clock runs before the first message and after the last
+ANSWER = "occflow_msgs/msg/VoxelFlow"
 IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 
 
@@ -34,7 +36,10 @@ class Refused(Exception):
 
 
 def main(args: list[str] | None = None) -> int:
-    """python -m occflow_ros.replay BAG [--rate 1.0] [--loop 1] [--wait 10] [--skip TOPIC ...]; exit code 0, or 2."""
+    """python -m occflow_ros.replay BAG [--rate 1.0] [--loop 1] [--wait 10] [--skip TOPIC ...] [--answers TOPIC]
+
+    The exit code: 0, or 2 after a mistake that was named in one sentence.
+    """
     args = sys.argv if args is None else ["replay", *args]
     options = _options(remove_ros_args(args)[1:])
     # a launch system's stop is an ordinary stop; SIGINT too is set, since shells start background jobs deaf to it
@@ -63,13 +68,13 @@ class Replay:
 
     def __init__(self, node: Node, reader: Reader, options: argparse.Namespace):
         self.node, self.reader, self.rate, self.laps = node, reader, options.rate, options.loop
-        self.wait = options.wait
+        self.wait, self.patience = options.wait, options.patience
         there = {c.topic for c in reader.connections}
         strangers = sorted(set(options.skip) - there)
         if strangers:
             raise Refused(f"no topic {', '.join(strangers)} to skip; {options.bag} has {', '.join(sorted(there))}")
         self.publishers: dict[int, Any] = {}  # by connection
-        self.images = []
+        self.images, self.asked = [], {}  # topic of images -> stamp of the one that nobody has answered yet
         for connection in reader.connections:
             if connection.topic in options.skip or connection.topic == "/clock":
                 continue
@@ -84,6 +89,13 @@ class Replay:
         if not self.publishers:
             raise Refused(f"{options.bag}: nothing is left to publish")
         self.clock = node.create_publisher(Clock, "/clock", QoSProfile(depth=10))
+        self.answered = -1  # stamp (ns) of the newest answer
+        self.answers = options.answers
+        if self.answers:
+            kind = _type(ANSWER)
+            if kind is None:
+                raise Refused(f"{options.answers} cannot be listened to: occflow_msgs is not installed")
+            node.create_subscription(kind, self.answers, self._on_answer, QoSProfile(depth=10), raw=True)
         self.sent, self.worst, self.shown = 0, 0.0, 0.0
 
     def run(self) -> None:
@@ -97,10 +109,13 @@ class Replay:
             self.started, self.next_tick, self.first = time.monotonic(), 0.0, begin - lead
             for connection, stamp, data in self._messages():
                 self.worst = max(self.worst, self._until(stamp))
+                if self.answers and connection.msgtype in IMAGES:
+                    self._hold(connection.topic, header_stamp(data))
                 self.publishers[connection.id].publish(bytes(data))
                 self.sent += 1
                 self._show((stamp - begin) / NANO, (end - begin) / NANO, lap)
             self._until(end + lead)
+            self._await_answer()
         for publisher in self.publishers.values():  # what is reliable is received before the process ends
             publisher.wait_for_all_acked(Duration(seconds=2))
         self._show((end - begin) / NANO, (end - begin) / NANO, lap, last=True)
@@ -117,6 +132,30 @@ class Replay:
             if now >= due:
                 return now - due
             time.sleep(max(0.0, min(due, self.next_tick) - now))
+
+    def _hold(self, topic: str, stamp: int) -> None:
+        """Before an image of the next set: the clock stands until somebody has answered the last one.
+
+        A topic whose image is still unanswered begins a new set; what comes between two sets (transforms) flows on.
+        """
+        if topic in self.asked:
+            self._await_answer()
+        self.asked[topic] = stamp
+
+    def _await_answer(self) -> None:
+        """Until an answer is as new as the oldest image of the set, but not for ever."""
+        begin, wanted = time.monotonic(), min(self.asked.values(), default=-1)
+        while self.answers and self.answered < wanted:
+            waited = time.monotonic() - begin
+            if waited > self.patience:
+                print(f"replay: no answer on {self.answers} within {self.patience:g} s, going on", file=sys.stderr)
+                break
+            rclpy.spin_once(self.node, timeout_sec=TICK)
+        self.asked.clear()
+        self.started += time.monotonic() - begin  # for the clock that time was none
+
+    def _on_answer(self, raw: bytes) -> None:
+        self.answered = max(self.answered, header_stamp(raw))
 
     def _messages(self) -> Iterator[tuple[Any, int, bytes]]:
         chosen = [c for c in self.reader.connections if c.id in self.publishers]
@@ -152,6 +191,12 @@ class Replay:
         print(f"\r{line}" if sys.stdout.isatty() else line, end="\n" if last else "", flush=True)
 
 
+def header_stamp(raw: bytes) -> int:
+    """Stamp (ns) of a serialised message that begins with a header: 4 bytes of CDR, then seconds and nanoseconds."""
+    seconds, nanoseconds = struct.unpack_from("<iI" if raw[1] & 1 else ">iI", raw, 4)
+    return seconds * NANO + nanoseconds
+
+
 def _options(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="replay", description="A rosbag2 into the ROS graph, with /clock.")
     parser.add_argument("bag", type=Path, help="folder of the bag, or its .mcap or .db3 file")
@@ -162,6 +207,14 @@ def _options(args: list[str]) -> argparse.Namespace:
         help="longest wait, in s, until every image topic has a subscriber; 0 = start at once",
     )  # fmt: skip
     parser.add_argument("--skip", action="extend", nargs="+", default=[], metavar="TOPIC", help="topics to leave out")
+    parser.add_argument(
+        "--answers", metavar="TOPIC",
+        help="of occflow_msgs/VoxelFlow: the clock stands before each set of images until the last one was answered "
+        "there, so that nothing is skipped however slow the machine is",
+    )  # fmt: skip
+    parser.add_argument(
+        "--patience", type=_above(0.0, float), default=30.0, metavar="S", help="longest wait, in s, for an answer"
+    )
     return parser.parse_args(args)
 
 

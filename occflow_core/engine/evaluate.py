@@ -136,6 +136,23 @@ def evaluate(
     return _gathered(job, tallies).rows[MODEL]
 
 
+def evaluate_said(job: Job, scene: str, said: dict[str, Prediction]) -> Tallies:
+    """Tallies of what somebody said about a drive's keyframes (sample -> prediction), e.g. a node in a recording.
+
+    A keyframe that nobody spoke about is not scored: compare the tallies' samples with those of the scene. Errors as
+    `evaluate`.
+    """
+    tallies = Tallies.of(job)
+    keyframes = job.world.keyframes(scene)
+    places = _lidar_poses(job.world, keyframes)
+    for k, moment in enumerate(keyframes):
+        if moment.sample in said:
+            truth = job.world.occupancy(moment.sample, job.labels)
+            eyes = origins([pose for pose, _ in places], k, places[k][1])
+            _score(job, tallies, moment.sample, truth, said[moment.sample], eyes, None)
+    return tallies
+
+
 def evaluate_into(
     out: Path | str,
     job: Job,

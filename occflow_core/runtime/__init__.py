@@ -1,6 +1,6 @@
 """The car's side of the library: load a model, feed it frames, get predictions."""
 
-from .load import Model, load, save
+from .load import Model, load, save, shipped
 from .stream import Stream
 
-__all__ = ["Model", "Stream", "load", "save"]
+__all__ = ["Model", "Stream", "load", "save", "shipped"]

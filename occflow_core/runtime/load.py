@@ -18,6 +18,7 @@ from .prepare import RESIZES
 
 _ABOUT = {"system", "preset", "resize", "trained", "config"}  # what a file says about itself
 FORMAT = "occflow"  # the key of our JSON in the file's metadata
+_SHIPPED = Path(__file__).parents[1] / "weights"
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,24 @@ def names() -> list[str]:
     return [f"{system}-{preset}" for system, made in SYSTEMS.items() for preset in made.PRESETS]
 
 
-def load(
-    model: str = "opus-nano", weights: Path | str | None = None, device: str | torch.device = "cpu", seed: int = 0
-) -> Model:
-    """A model by its name, with the weights of a file that `save` wrote, or without one with random weights.
+def shipped(model: str) -> Path | None:
+    """The weights of a model that ship with the package; None where there are none."""
+    path = _SHIPPED / f"{model}.safetensors"
+    return path if path.is_file() else None
 
-    Without weights its name says "(untrained)", and the same seed gives the same weights. ValueError, in one sentence,
+
+def load(
+    model: str = "opus-demo", weights: Path | str | None = None, device: str | torch.device = "cpu", seed: int = 0
+) -> Model:
+    """A model by its name, with the weights of a file that `save` wrote; without one those that are `shipped`.
+
+    Where there are none either, weights are random: the model's name says "(untrained)", and the same seed gives the
+    same weights. ValueError, in one sentence,
     when the name is not known, the file is missing or not ours, or holds another model or tensors that do not fit.
     """
     system, preset = parse(model)
     made = SYSTEMS[system]
+    weights = shipped(model) if weights is None else weights
     if weights is None:
         built = seeded(made(made.PRESETS[preset]), seed)
         resize = "pillow" if built.config.as_published else "fast"

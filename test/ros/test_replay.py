@@ -199,6 +199,49 @@ def test_the_wait_for_subscribers_is_bounded_and_says_who_is_missing(bag):
     assert "nobody listens to" in wrong and "/cam_front/image_raw/compressed" in wrong and wrong.count("\n") == 1
 
 
+ANSWERER = """
+import sys, time
+import rclpy
+from occflow_msgs.msg import VoxelFlow
+from sensor_msgs.msg import CompressedImage
+
+rclpy.init()
+node = rclpy.create_node("answerer")
+answers = node.create_publisher(VoxelFlow, "/answers", 10)
+heard = []
+
+def on_image(image):
+    heard.append(image.header.stamp)
+    time.sleep(0.15)  # slower than the replay by far
+    if len(heard) < int(sys.argv[1]):  # the last one stays without an answer
+        answers.publish(VoxelFlow(header=image.header))
+    print(len(heard), flush=True)
+
+node.create_subscription(CompressedImage, "/cam_front/image_raw/compressed", on_image, 1)  # one at a time, or lost
+print("ready", flush=True)
+while len(heard) < int(sys.argv[1]):
+    rclpy.spin_once(node, timeout_sec=0.1)
+time.sleep(1.0)
+"""
+
+
+@pytest.mark.dds
+def test_it_waits_for_answers_and_gives_up_where_none_comes(bag):
+    pytest.importorskip("occflow_msgs.msg")
+    answerer, player = start("-c", ANSWERER, str(FRAMES)), None
+    try:
+        assert answerer.stdout.readline().strip() == "ready", answerer.stderr.read()
+        player = replay(bag, "--rate", "50", "--wait", "0.5", "--answers", "/answers", "--patience", "2")
+        _, wrong = player.communicate(timeout=60)
+        heard, errors = answerer.communicate(timeout=20)
+    finally:
+        for process in (answerer, player):
+            if process is not None and process.poll() is None:
+                process.kill()
+    assert player.returncode == 0 and heard.split()[-1] == str(FRAMES), (heard, wrong, errors)
+    assert wrong.count("no answer on /answers within 2 s") == 1  # the last
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
