@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from .bench import machine, write_json
 
 CONFIG = Path(__file__).resolve().parents[1] / "config" / "occflow.yaml"
 TOPIC = "/occflow/occupancy"
+MODEL_NAME = "opus-demo"
+SAME = 100_000_000  # ns: a message is about the keyframe that lies this near (its stamp is its newest picture's)
 
 
 @dataclass
@@ -56,6 +57,7 @@ def drive(
     rate: float = 1.0,
     settle: float = 3.0,  # s without a message after the replay's end, after which the node has said all
     start_within: float = 90.0,  # s for the node to load, warm up and listen
+    answered: bool = False,  # the replay waits for the node after each set: nothing is skipped, however slow it is
 ) -> Recording:
     """Replays a bag into a node and records what it says: three processes, a DDS domain of their own, localhost."""
     import rclpy
@@ -69,7 +71,7 @@ def drive(
     parameters = [item for o in ("use_sim_time:=true", *overrides) for item in ("-p", o)]
     node_command = [sys.executable, "-m", "occflow_ros.node", "--ros-args", "--params-file", str(config), *parameters]
     replay_command = [sys.executable, "-m", "occflow_ros.replay", str(bag), "--rate", str(rate)]
-    replay_command += ["--wait", str(start_within)]
+    replay_command += ["--wait", str(start_within), *(["--answers", TOPIC] if answered else [])]
 
     recording, context = Recording(), rclpy.Context()
     rclpy.init(context=context, domain_id=domain)
@@ -122,6 +124,8 @@ def run(out: Path, seconds: float, rate: float) -> str:
 
     The drive is a scene of the synthetic world: keyframes at 2 Hz, which is what the truth beside them is for.
     """
+    from occflow_ros.replay import header_stamp
+
     from .data.bag import BagWriter
     from .data.drives import write_scene_bag
     from .data.nuscenes import NuScenes
@@ -142,20 +146,22 @@ def run(out: Path, seconds: float, rate: float) -> str:
         made = write_world(
             work / "world", seed=DEMO_SEED, keyframes=keyframes, size=(198, 352), weather="clear", sweeps=False
         )
-        (scene,) = NuScenes(made, progress=False).scenes
+        world = NuScenes(made, progress=False)
+        (scene,) = world.scenes
         write_scene_bag(work / "world", scene, work / "recording")
         print("2/4 driving the node through it", flush=True)
         # the deadline runs on the steady clock: a slower replay needs a longer one
         overrides = ["camera_rate:=2.0", f"set_deadline:={max(0.12, 0.12 / rate):.3f}"]
-        recording = drive(work / "recording", overrides=overrides, rate=rate)
+        recording = drive(work / "recording", overrides=overrides, rate=rate, answered=True)
         print("3/4 writing what it said", flush=True)
         with BagWriter(work / "predictions") as bag:
             bag.add(TOPIC, "occflow_msgs/msg/VoxelFlow")
             for _, raw in recording.occupancy:
-                bag.write(TOPIC, _stamp(raw), raw)
+                bag.write(TOPIC, header_stamp(raw), raw)
+        report = scored(work / "predictions", world, scene, recording.counts().get("model", "none"))
         print("4/4 making pictures", flush=True)
         pictures = show_bag(work / "recording", work / "predictions", work / "pictures")
-        summary = summarise(recording, keyframes, rate)
+        summary = summarise(recording, keyframes, rate) | {"scores": report}
         summary["pictures"] = len(pictures)
         summary["seconds in all"] = round(time.monotonic() - begin, 1)
         write_json(work / "summary.json", summary)
@@ -167,6 +173,30 @@ def run(out: Path, seconds: float, rate: float) -> str:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return text(summary, out)
+
+
+def scored(predictions: Path, world: Any, scene: str, model: str) -> dict[str, Any]:
+    """What the node said in a bag against the world's truth, beside the baselines, as `evaluate_into` reports it.
+
+    world: the `NuScenes` that the drive came from.
+    """
+    from .data.bag import read_bag
+    from .engine.average import load as load_average
+    from .engine.evaluate import MODEL, Job, average_path, evaluate_said, reported
+    from .runtime import shipped
+    from .voxelflow import unpack
+
+    said = {}
+    keyframes = world.keyframes(scene)
+    for _, stamp, message in read_bag(predictions):
+        nearest = min(keyframes, key=lambda moment: abs(moment.stamp - stamp))
+        if abs(nearest.stamp - stamp) <= SAME:
+            said[nearest.sample] = unpack(message)
+    weights = shipped(MODEL_NAME)
+    average = None if weights is None else load_average(average_path(weights))[0]
+    job = Job(world, "openocc", average=average)
+    report = reported(job, evaluate_said(job, scene, said), [scene])
+    return report | {"model": model, "answered": f"{len(said)} of {len(keyframes)}", "row of the node": MODEL}
 
 
 def summarise(recording: Recording, frames: int, rate: float) -> dict[str, Any]:
@@ -182,7 +212,6 @@ def summarise(recording: Recording, frames: int, rate: float) -> dict[str, Any]:
     return {
         "model": counts.get("model", "none"),
         "trained": "(untrained)" not in counts.get("model", "(untrained)"),
-        "scores": "not measured: random weights have none; the pictures show truth beside prediction",
         "machine": machine(),
         "replay rate": rate,
         "frames in": frames,
@@ -198,6 +227,8 @@ def summarise(recording: Recording, frames: int, rate: float) -> dict[str, Any]:
 
 def text(summary: dict[str, Any], out: Path) -> str:
     """The summary for people."""
+    from .engine.evaluate import table
+
     sets = summary["sets"]
     lines = [
         "",
@@ -205,7 +236,8 @@ def text(summary: dict[str, Any], out: Path) -> str:
         f"recording        {summary['frames in']} frames of six cameras at 2 Hz, at {summary['replay rate']:g}x",
         f"sets             {sets['complete']} complete, {sets['partial']} partial, {sets['skipped']} skipped",
         f"messages out     {summary['messages out']}, {summary['output rate Hz']} Hz",
-        f"scores           {summary['scores']}",
+        "",
+        table(summary["scores"]),
         "",
         f"{'stage':<14}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}",
     ]
@@ -214,12 +246,6 @@ def text(summary: dict[str, Any], out: Path) -> str:
     if not summary["trained"]:
         lines.append("The weights are random numbers (untrained): the path is real, what it shows means nothing yet.")
     return "\n".join(lines)
-
-
-def _stamp(raw: bytes) -> int:
-    """Header stamp (ns) of a serialised message that begins with a header: 4 bytes of CDR, then sec and nanosec."""
-    seconds, nanoseconds = struct.unpack_from("<iI" if raw[1] & 1 else ">iI", raw, 4)
-    return seconds * 1_000_000_000 + nanoseconds
 
 
 def _tail(log) -> str:

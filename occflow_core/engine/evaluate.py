@@ -139,10 +139,10 @@ def evaluate(
 def evaluate_said(job: Job, scene: str, said: dict[str, Prediction]) -> Tallies:
     """Tallies of what somebody said about a drive's keyframes (sample -> prediction), e.g. a node in a recording.
 
-    A keyframe that nobody spoke about is not scored: compare the tallies' samples with those of the scene. Errors as
-    `evaluate`.
+    job: its `model` is not asked; the row MODEL is what was said. A keyframe that nobody spoke about is not scored:
+    compare the tallies' samples with those of the scene. Errors as `evaluate`.
     """
-    tallies = Tallies.of(job)
+    tallies = Tallies({name: Scores(job.classes) for name in (MODEL, *job.rows)})
     keyframes = job.world.keyframes(scene)
     places = _lidar_poses(job.world, keyframes)
     for k, moment in enumerate(keyframes):
@@ -179,10 +179,22 @@ def evaluate_into(
     with _Bar(job.world, share.mine(scenes), progress) as bar:
         kept = partial(_kept_drive, out, job, bar=bar, rays=submit is not None)
         tallies = share.all_or_none(lambda: _sum(job, map(kept, share.mine(scenes))))
-    tallies = _gathered(job, tallies)
+    report = about | reported(job, _gathered(job, tallies), scenes, absent, over)
+    if share.process()[0] == 0:
+        _write(out / "scores.json", json.dumps(report, indent=2).encode() + b"\n")
+        _write(out / "scores.md", table(report).encode() + b"\n")
+        if submit is not None:
+            submission.write(out / "submission.gz", _stored_rays(out, scenes, progress), submit)
+    return report
+
+
+def reported(
+    job: Job, tallies: Tallies, scenes: Sequence[str], absent: Absent = "zero", over: Over = "right"
+) -> dict[str, Any]:
+    """Tallies of scenes as scores, with what was scored and which keyframes were not."""
+    expected = [sample for scene in scenes for sample in job.world.samples(scene)]
     missing = next(iter(tallies.rows.values())).missing(expected)
-    report = {
-        **about,
+    return {
         **job.fingerprint(),
         "scenes": len(scenes),
         "samples expected": len(expected),
@@ -193,12 +205,6 @@ def evaluate_into(
             name: scores.result(absent, over) if scores.samples else None for name, scores in tallies.rows.items()
         },
     }
-    if share.process()[0] == 0:
-        _write(out / "scores.json", json.dumps(report, indent=2).encode() + b"\n")
-        _write(out / "scores.md", table(report).encode() + b"\n")
-        if submit is not None:
-            submission.write(out / "submission.gz", _stored_rays(out, scenes, progress), submit)
-    return report
 
 
 def table(report: dict[str, Any]) -> str:
@@ -434,7 +440,7 @@ def _score(job: Job, tallies: Tallies, sample: str, truth: Occupancy, told, eyes
         ASIDE: lambda: aside(truth),
         TRUTH: lambda: as_prediction(truth),
     }
-    for name in job.rows:
+    for name in tallies.rows:
         met = tallies.rows[name].add(sample, contenders[name]().to(device), truth, eyes, true)
         if name == MODEL and said is not None:
             said[sample] = submission.rays(met)

@@ -261,7 +261,7 @@ class Traits:
 
 def traits(system) -> Traits:
     size = (system.config.height, system.config.width)
-    frames = drive(5, every=0.5, height=size[0], width=size[1])
+    frames = drive(system.config.frames, every=0.5, height=size[0], width=size[1])
     torch.manual_seed(0)
     with torch.no_grad():
         output, _ = system(Clip.of(frames[::-1]), None)
