@@ -48,7 +48,7 @@ def program(*words, processes: int = 0, restarts: int = 0, **variables) -> subpr
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     launcher = [*launcher, f"--max-restarts={restarts}"] if processes else []
     command = [sys.executable, *launcher, PROGRAM, *map(str, words)]
-    return subprocess.run(command, env={**ALONE, **variables}, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, env={**ALONE, **variables}, capture_output=True, text=True, timeout=800)
 
 
 def edited(path: Path, change) -> None:
@@ -127,7 +127,7 @@ def test_the_network_learns(root, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "settings",
     [(), ("data.window=window",), ("data.workers=1", "optimise.accumulate=2")],
@@ -198,7 +198,7 @@ def test_what_is_remembered_random_and_averaged_is_gone_on_with(root, whole, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("model", ["tiny", "opus"])
 def test_two_processes_have_the_gradient_of_one_with_the_doubled_batch(root, tmp_path, model):
     """float32, dropout 0, batch norms as they are: to 1e-5 of each tensor's length. Adam's first moment tells it."""
@@ -218,25 +218,25 @@ def test_two_processes_have_the_gradient_of_one_with_the_doubled_batch(root, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_torchrun_starts_again_where_a_process_was_lost(root, tmp_path):
-    settings = ("steps=10", "batch=4", "save_every=3")
+    settings = ("steps=8", "batch=4", "save_every=3")
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert program("tiny", whole, root, *settings, processes=2).returncode == 0
-    done = program("tiny", torn, root, *settings, processes=2, restarts=1, DIES="1:7")
+    done = program("tiny", torn, root, *settings, processes=2, restarts=1, DIES="1:4")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "SIGKILL" in done.stderr or "-9" in done.stderr  # it was really lost
     assert curve(torn) == curve(whole)
-    assert sorted(p.name for p in (torn / "checkpoints/step-00000010").iterdir() if p.suffix == ".json") == [
+    assert sorted(p.name for p in (torn / "checkpoints/step-00000008").iterdir() if p.suffix == ".json") == [
         "process-0.json",
         "process-1.json",
         "state.json",
     ]
     # on another number of processes it goes on too; lanes have forgotten
-    path = torn / "checkpoints/step-00000010"
+    path = torn / "checkpoints/step-00000008"
     shutil.rmtree(path)
     trained(root, torn, *settings)
-    assert [row["step"] for row in curve(torn)] == [str(k) for k in range(10)]
+    assert [row["step"] for row in curve(torn)] == [str(k) for k in range(8)]
 
 
 def test_lanes_that_cannot_be_shared_are_refused(root):
@@ -387,11 +387,11 @@ SMALL = (
 
 def occflow(*words) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "occflow_core", *map(str, words)]
-    return subprocess.run(command, env=ALONE, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, env=ALONE, capture_output=True, text=True, timeout=800)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_occflow_train_makes_weights_that_the_runtime_loads_and_says_in_one_sentence_what_cannot_be(root, tmp_path):
     out, settings = tmp_path / "run", ("--set", f"data.root={root}", *SMALL)
     done = occflow("train", "demo", "--out", out, *settings)
@@ -405,7 +405,7 @@ def test_occflow_train_makes_weights_that_the_runtime_loads_and_says_in_one_sent
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_the_launcher_for_several_machines_trains_one_network_on_two(root, tmp_path):
     import socket
 
@@ -421,7 +421,7 @@ def test_the_launcher_for_several_machines_trains_one_network_on_two(root, tmp_p
         subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = [machine.communicate(timeout=450) for machine in machines]
+    said = [machine.communicate(timeout=800) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert len(curve(tmp_path / "run")) == 3
     last = tmp_path / "run" / "checkpoints" / "step-00000003"
