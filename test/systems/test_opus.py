@@ -257,7 +257,8 @@ def test_mixing_is_two_products_and_two_norms():
 
 def test_attention_is_torchs_with_a_mask_of_distance_times_the_rows_own_reach():
     torch.manual_seed(0)
-    mine, theirs = opus.Attention(16, heads=4, dropout=0.1).eval(), nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    mine = opus.Attention(16, heads=4, dropout=0.1).eval()
+    theirs = nn.MultiheadAttention(16, 4, batch_first=True).eval()
     for p in mine.parameters():
         nn.init.normal_(p, std=0.3)
     theirs.in_proj_weight.data, theirs.in_proj_bias.data = mine.taken.weight.data, mine.taken.bias.data
