@@ -270,6 +270,7 @@ def test_a_wheel_without_ros_carries_the_messages_and_the_command(tmp_path):
         carried = package / "msg" / definition.name
         assert not carried.is_symlink() and carried.read_bytes() == definition.read_bytes()
     assert (target / "bin" / "occflow").is_file()
+    assert (package.parent / "occflow_recipes" / "demo.py").is_file()
     ament_tree(target)
 
 
@@ -295,6 +296,7 @@ def test_colcon_builds_both_packages_and_ros2_finds_them(tmp_path):
     assert (install / "share/ament_index/resource_index/packages/occflow_msgs").is_file()
     assert (install / "share/occflow_msgs/msg/VoxelFlow.msg").is_file()
     (library,) = install.glob("lib/python*/site-packages/occflow_core")
+    assert (library.parent / "occflow_recipes" / "demo.py").is_file()
     assert not (library / "msg").is_symlink() and (library / "msg" / "VoxelFlow.msg").is_file()
 
 
