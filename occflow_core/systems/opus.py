@@ -11,7 +11,9 @@ Where we depart, always:
 - A camera that is not used is never looked into.
 Where `Config.as_published` is off (our own recipes), also:
 - the sampling rules of `ops.sample`, and a query that carries one point samples within its offsets in metres
-  (as OPUS V2 does) instead of at one place.
+  (as OPUS V2 does) instead of at one place;
+- a point that strays from every voxel is called nothing, where the authors call it after the nearest one;
+- weights begin on the ground and spread over the grid.
 Where `Config.flow` is on: every point also has a velocity.
 
 B batch, T time (newest first), N cameras, R rows of a camera's pyramid, Q queries, P points of a query, G groups,
@@ -47,6 +49,7 @@ FLOW_WEIGHT = 0.25  # ours
 BETA = 0.2  # m, where the loss of a distance turns from a square into a line
 NEAR = 0.2  # m: a voxel that the camera sees and whose nearest point is farther away counts FAR_WEIGHT times
 FAR_WEIGHT, RARE_WEIGHT = 5.0, 10.0
+STRAY = 0.5  # m: ours: a point farther than this from the voxel nearest to it is told to be nothing
 RARE = ("others", "bicycle", "construction_vehicle", "traffic_cone")  # seen, they count RARE_WEIGHT times at least
 NAME_WEIGHTS = {  # of a class's scores, whether they should be high or low
     "others": 10.0,
@@ -71,6 +74,7 @@ NAME_WEIGHTS = {  # of a class's scores, whether they should be high or low
 # ---- where our own networks begin; the authors draw places, moves and names at random, and have 340,000 samples
 GROUND = 0.0  # m: the queries begin spread evenly over it ...
 HEIGHT = 0.3  # m: ... and their points around them, to their neighbours' and this far up and down
+LOOK = 3**0.5  # a query looks as far around as its points lie, in their spread (or in m where it has one point)
 SHARES = {  # of the occupied voxels of streets (the synthetic world's, 100 keyframes): what a point is called at first
     "others": 0.001,
     "barrier": 0.014,
@@ -270,6 +274,7 @@ class Opus(nn.Module):
         for layer in self.layers:
             moves = layer.move[-1].bias.view(-1, 3)
             moves.uniform_(-1, 1).mul_(moves.new_tensor([reach, reach, HEIGHT]) / STEP)
+            layer.sampling.offset.bias.uniform_(-LOOK, LOOK)
 
     def forward(self, clip: Clip, memory: Memory | None) -> tuple[Output, Memory]:
         """A clip that brings `config.frames` times is the window; a shorter one is completed from memory."""
@@ -325,7 +330,8 @@ class Opus(nn.Module):
         terms = {"points begin": _points_loss(begin, targets)[0]}
         for k, (points, logits) in enumerate(zip(output.points, output.logits, strict=True)):
             terms[f"points {k}"], met = _points_loss(points.flatten(1, 2), targets)
-            terms[f"names {k}"] = _names_loss(logits.flatten(1, 2), targets, met)
+            stray = math.inf if self.config.as_published else STRAY
+            terms[f"names {k}"] = _names_loss(logits.flatten(1, 2), points.detach().flatten(1, 2), targets, met, stray)
             if output.flow is not None:
                 terms[f"flow {k}"] = _flow_loss(output.flow[k].flatten(1, 2), targets, met)
         return terms
@@ -615,12 +621,16 @@ def _points_loss(points: Tensor, targets: Sequence[_Target]) -> tuple[Tensor, li
     return POINTS_WEIGHT * sum(both), met
 
 
-def _names_loss(logits: Tensor, targets: Sequence[_Target], met: Sequence[Tensor]) -> Tensor:
-    """Logits (B, P, K): each point is called what the voxel is called that it is nearest to."""
+def _names_loss(
+    logits: Tensor, points: Tensor, targets: Sequence[_Target], met: Sequence[Tensor], stray: float
+) -> Tensor:
+    """Logits (B, P, K) of points (B, P, 3): each is called what the voxel is called that it is nearest to, or nothing
+    where that is farther than `stray` m."""
     total, count = logits.sum() * 0.0, 0
-    for mine, target, voxel in zip(logits, targets, met, strict=True):
+    for mine, where, target, voxel in zip(logits, points, targets, met, strict=True):
         if len(voxel):
-            costs = focal(mine, target.label[voxel]) * target.weight
+            near = (where - target.centre[voxel]).norm(dim=-1) <= stray
+            costs = focal(mine, torch.where(near, target.label[voxel], mine.shape[-1])) * target.weight
             total = total + (costs.sum(-1) * target.distance[voxel]).sum()
             count += len(voxel)
     return NAMES_WEIGHT * total / mean_over_processes(logits.new_tensor(float(count)))

@@ -30,7 +30,7 @@ def demo() -> Run:
             warm_up=100,
             average=0.998,
         ),
-        steps=2000,
+        steps=1500,
         batch=2,
         backbone="imagenet",
         # what sees edges sees them here too; and most of the work lies in these large maps
