@@ -30,8 +30,8 @@ setup(
         "occflow_recipes",
     ],
     package_dir={"occflow_recipes": "training/recipes"},
-    # occflow_core/msg is a link to msg/msg: bags can be written and read where there is no ROS
-    package_data={"occflow_core": ["msg/*.msg"]},
+    # occflow_core/msg is a link to msg/msg: bags can be written and read where there is no ROS; weights/ ships a model
+    package_data={"occflow_core": ["msg/*.msg", "weights/*"]},
     data_files=[
         *share("occflow_ros"),
         *share("occflow_core"),

@@ -85,7 +85,7 @@ def test_four_recorded_sets_give_four_messages_that_say_which_cameras_they_saw(t
             assert message.camera_age_us[bit] == (NO_IMAGE if gone else age)
         assert message.grid_size.tolist() == [200, 200, 16]
         assert message.voxel_size.tolist() == pytest.approx([0.4] * 3)
-        assert message.label_set == "occ3d-nuscenes" and message.model_name == "opus-nano (untrained)"
+        assert message.label_set == "openocc-v2" and message.model_name == "opus-demo"
         prediction = unpack(message)
         assert prediction.grid == OCC3D_GRID
         # nobody looks into the ground below the car; far ahead at eye height somebody does unless something is there

@@ -1,0 +1,127 @@
+"""The losses of OPUS against their definition as loops (arXiv 2409.09350, `opus_head.loss_single` at dde4209)."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from systems.small import CONFIG, PUBLISHED, build
+
+from occflow_core.systems import opus
+from occflow_core.types import OCC3D, OPENOCC, Occupancy
+
+# by hand from the published head: column weights of Occ3D's 17 classes
+WEIGHTS = [10, 5, 10, 5, 5, 10, 10, 5, 10, 5, 5, 1, 5, 1, 1, 2, 1]
+
+
+def truth_of(config, lanes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (lanes, *config.grid.shape)
+    labels = torch.randint(0, 17, shape, generator=generator)
+    labels = torch.where(torch.rand(shape, generator=generator) < 0.03, labels, 17).to(torch.uint8)
+    flow = torch.randn(*shape, 2, generator=generator)
+    flow[torch.rand(shape, generator=generator) < 0.2] = torch.nan
+    return Occupancy(config.grid, OCC3D, labels, flow, torch.rand(shape, generator=generator) < 0.5)
+
+
+def output_of(config, lanes, seed=1, flow=True):
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.tensor(config.grid.size)
+    points, logits, speeds = [], [], []
+    for p in config.refines:
+        unit = torch.rand(lanes, config.queries, p, 3, generator=generator) * 1.1 - 0.05  # some lie outside
+        points.append(unit * size + torch.tensor(config.grid.low))
+        logits.append(2 * torch.randn(lanes, config.queries, p, 17, generator=generator))
+        speeds.append(torch.randn(lanes, config.queries, p, 2, generator=generator))
+    return opus.Output(tuple(points), tuple(logits), tuple(speeds) if flow else None)
+
+
+def slow_l1(d):
+    return sum(0.5 * abs(x) ** 2 / 0.2 if abs(x) < 0.2 else abs(x) - 0.1 for x in d)
+
+
+def defined(points, logits, speeds, truth, stray):
+    """(points, names, flow) of one layer: points (B, P, 3), logits (B, P, 17), speeds (B, P, 2)."""
+    low, voxel = torch.tensor(truth.grid.low), torch.tensor(truth.grid.voxel)
+    far_corner = math.hypot(truth.grid.size[0], truth.grid.size[1])
+    missed = strayed = names = flow = 0.0
+    voxels = count = moving = 0
+    for b in range(len(points)):
+        where = (truth.labels[b] != 17).nonzero()
+        centre = (where + 0.5) * voxel + low
+        labels = [int(truth.labels[b][tuple(w)]) for w in where]
+        distance = torch.cdist(centre.double(), points[b].double())
+        for v, w in enumerate(where):
+            d = (centre[v] - points[b][distance[v].argmin()]).tolist()
+            seen = bool(truth.seen[b][tuple(w)])
+            weight = 5.0 if seen and math.hypot(*d) > 0.2 else 1.0
+            weight = max(weight, 10.0) if seen and labels[v] in (0, 2, 5, 8) else weight
+            missed, voxels = missed + weight * slow_l1(d), voxels + 1
+        for p in range(len(points[b])):
+            v = int(distance[:, p].argmin())
+            strayed += slow_l1((points[b][p] - centre[v]).tolist())
+            near = distance[v, p].item() <= stray
+            for c in range(17):
+                score = 1 / (1 + math.exp(-float(logits[b, p, c])))
+                right = near and labels[v] == c
+                cost = 0.25 * (1 - score) ** 2 * -math.log(score) if right else 0.75 * score**2 * -math.log(1 - score)
+                names += WEIGHTS[c] * (1 + math.hypot(*centre[v, :2].tolist()) / far_corner) * cost
+            true = truth.flow[b][tuple(where[v])]
+            if labels[v] in OCC3D.moving_ids and bool(true.isfinite().all()):
+                flow, moving = flow + float((speeds[b, p] - true).abs().sum()), moving + 1
+            count += 1
+    return 0.5 * (missed / voxels + strayed / count), 2.0 * names / count, opus.FLOW_WEIGHT * flow / max(moving, 1)
+
+
+@pytest.mark.parametrize("config", [CONFIG, PUBLISHED], ids=["ours", "as published"])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_every_term_is_what_its_definition_says(config, lanes):
+    config = replace(config, queries=12, refines=(1, 3))
+    system, truth, output = build(config), truth_of(config, lanes), output_of(config, lanes, flow=config.flow)
+    terms = system.loss(output, truth)
+    stray = math.inf if config.as_published else 0.5
+    for k in range(2):
+        flow = torch.zeros_like(output.points[k][..., :2]) if output.flow is None else output.flow[k]
+        parts = (output.points[k].flatten(1, 2), output.logits[k].flatten(1, 2), flow.flatten(1, 2))
+        points, names, speeds = defined(*parts, truth, stray)
+        assert terms[f"points {k}"].item() == pytest.approx(points, rel=1e-4)
+        assert terms[f"names {k}"].item() == pytest.approx(names, rel=1e-4)
+        if config.flow:
+            assert terms[f"flow {k}"].item() == pytest.approx(speeds, rel=1e-4)
+    assert (f"flow {0}" in terms) == config.flow
+    begin = config.grid.metres(system.queries.weight).expand(lanes, -1, -1)
+    assert terms["points begin"].item() == pytest.approx(
+        defined(begin, torch.zeros(lanes, 12, 17), torch.zeros(lanes, 12, 2), truth, stray)[0], rel=1e-4
+    )
+
+
+def test_a_point_that_strays_from_every_voxel_learns_to_be_nothing():
+    config = replace(CONFIG, queries=1, refines=(2,))
+    labels = torch.full((1, *config.grid.shape), 17, dtype=torch.uint8)
+    labels[0, 10, 10, 4] = 4
+    truth = Occupancy(config.grid, OCC3D, labels, None, torch.ones_like(labels, dtype=torch.bool))
+    centre = config.grid.centres()[10, 10, 4]
+    points = torch.stack([centre, centre + torch.tensor([0.0, 0.0, 0.6])])[None, None]
+    logits = torch.zeros(1, 1, 2, 17, requires_grad=True)
+    output = opus.Output((points,), (logits,), None)
+    build(config).loss(output, truth)["names 0"].backward()
+    assert logits.grad[0, 0, 0, 4] < 0 < logits.grad[0, 0, 1, 4]  # the car's point, and the one above it
+    assert (logits.grad[0, 0, 1] > 0).all()
+
+
+def test_the_class_weights_go_by_name_in_every_table():
+    assert [opus.NAME_WEIGHTS[name] for name in OCC3D.names] == WEIGHTS
+    assert {*OPENOCC.names} < set(opus.NAME_WEIGHTS) and set(opus.SHARES) == set(OCC3D.names)
+
+
+def test_our_own_networks_begin_on_the_ground_and_each_class_at_its_share():
+    ours = opus.Opus(replace(CONFIG, queries=64))
+    begin = CONFIG.grid.metres(ours.queries.weight)
+    assert begin[:, 2].abs().max() < 1e-5
+    quarters = ((begin[:, 0] > 0).int() * 2 + (begin[:, 1] > 0).int()).bincount(minlength=4)
+    assert quarters.min() >= 14  # of 64: evenly
+    shares = ours.layers[0].name[-1].bias.view(-1, 17)[0].sigmoid()
+    assert torch.allclose(shares, torch.tensor([opus.SHARES[name] for name in OCC3D.names]), atol=1e-6)
+    theirs = opus.Opus(PUBLISHED)
+    assert torch.allclose(theirs.layers[0].name[-1].bias.sigmoid(), torch.tensor(0.01))
+    assert theirs.queries.weight[:, 2].std() > 0.1
