@@ -87,6 +87,7 @@ class Run:
     checkpointing: tuple[str, ...] = ()  # parts whose activations are computed twice, not kept, e.g. ("backbone",)
     frozen_norms: bool = False  # batch norms keep the statistics they began with: for batches too small to have any
     deterministic: bool | None = None  # refuse kernels whose sums change from run to run; None: on CPUs only
+    half: bool = False  # the weights that come out hold matrices and kernels as float16: half the file
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # newest checkpoints that stay
 

@@ -30,7 +30,7 @@ from .reports import Bar, Curve, Events
 from .run import Run, World, differences, told
 
 # Settings that do not change what comes out: a run may go on with others
-FREE = ("data.workers", "data.cache", "save_every", "keep")
+FREE = ("data.workers", "data.cache", "half", "save_every", "keep")
 Hook = Callable[[Step, Callable[[], runtime.Model]], None]
 
 
@@ -127,7 +127,7 @@ def _train(run: Run, out: Path, processes: Processes, after_step, progress: bool
     )
     weights = out / "weights.safetensors"
     if processes.first:
-        runtime.save(model().system, run.model, run.resize, weights, trained=True)
+        runtime.save(model().system, run.model, run.resize, weights, trained=True, half=run.half)
     processes.wait()
     return weights
 

@@ -84,7 +84,7 @@ def test_weights_of_another_model_or_shape_are_refused(tmp_path):
 
     about = {"system": "opus", "preset": "nano", "resize": "fast", "trained": True, "config": {"height": 3}}
     save_file(build().state_dict(), path, metadata={"occflow": json.dumps(about)})
-    with pytest.raises(ValueError, match=r"does not fit opus-nano: its config differs in \['as_published', 'channels'"):
+    with pytest.raises(ValueError, match=r"does not fit opus-nano: its config differs in \['as_published', 'backbone'"):
         load("opus-nano", path)
 
     save(build(), "opus-nano", "fast", path, trained=True)
@@ -168,6 +168,18 @@ def test_nothing_in_a_foreign_checkpoint_is_run(tmp_path, capsys):
 def test_every_system_is_one_word_with_presets_and_names():
     assert SYSTEMS.keys() == {"opus"}
     assert all(made.PRESETS and made.NAMES for made in SYSTEMS.values())
+
+
+def test_half_a_file_holds_matrices_as_float16_and_everything_else_as_it_was(tmp_path):
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    system = build()
+    for path in (whole, half):
+        save(system, "opus-nano", "fast", path, trained=True, half=path == half)
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    again = load("opus-nano", half).system.state_dict()
+    for name, tensor in system.state_dict().items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name], tensor.half().to(tensor.dtype) if tensor.ndim > 1 else tensor), name
 
 
 def test_random_weights_in_a_file_still_say_untrained(tmp_path):

@@ -36,5 +36,6 @@ def demo() -> Run:
         # what sees edges sees them here too; and most of the work lies in these large maps
         frozen=("backbone.stem.*", "backbone.blocks.[0-4].*"),
         frozen_norms=True,
+        half=True,
         save_every=250,
     )
