@@ -16,8 +16,8 @@ from occflow_core.types import OPENOCC, Clip, Occupancy
 
 NEAR = Grid((-8.0, -8.0, -1.0), (0.4, 0.4, 0.4), (40, 40, 16))
 # at least four points for each occupied voxel; nothing but what was learned fills a voxel
-EASY = {"opus": {"queries": 200, "frames": 1, "dropout": 0.0, "closing": False, "threshold": 0.3}}
-STEPS = 400
+EASY = {"opus": {"queries": 200, "frames": 1, "dropout": 0.0, "closing": False, "threshold": 0.2}}
+STEPS = 240
 
 
 @pytest.fixture(scope="module")
