@@ -392,7 +392,7 @@ def test_an_untrained_nano_says_something_and_the_same_for_the_same_seed():
     with torch.inference_mode():
         said = [net.decode(net(clip, None)[0])[0] for net in nets]
     assert same(said[0], said[1]) and not same(said[0], said[2])
-    assert 1000 < int((said[0].labels != said[0].classes.free).sum()) < 50_000
+    assert 1000 < int((said[0].labels != said[0].classes.free).sum()) < 150_000  # something, but not everything
     assert said[0].flow is not None
 
 
