@@ -21,7 +21,6 @@ from .bench import machine, write_json
 CONFIG = Path(__file__).resolve().parents[1] / "config" / "occflow.yaml"
 TOPIC = "/occflow/occupancy"
 MODEL_NAME = "opus-demo"
-SAME = 100_000_000  # ns: a message is about the keyframe that lies this near (its stamp is its newest picture's)
 
 
 @dataclass
@@ -184,13 +183,14 @@ def scored(predictions: Path, world: Any, scene: str, model: str) -> dict[str, A
     from .engine.average import load as load_average
     from .engine.evaluate import MODEL, Job, average_path, evaluate_said, reported
     from .runtime import shipped
+    from .show.pictures import SAME
     from .voxelflow import unpack
 
     said = {}
     keyframes = world.keyframes(scene)
     for _, stamp, message in read_bag(predictions):
         nearest = min(keyframes, key=lambda moment: abs(moment.stamp - stamp))
-        if abs(nearest.stamp - stamp) <= SAME:
+        if abs(nearest.stamp - stamp) <= SAME:  # a message's stamp is its newest picture's
             said[nearest.sample] = unpack(message)
     weights = shipped(MODEL_NAME)
     average = None if weights is None else load_average(average_path(weights))[0]
