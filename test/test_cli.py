@@ -64,7 +64,7 @@ def test_bench_node_prints_a_table_and_writes_the_same_figures_as_json(tmp_path)
 
 @pytest.mark.dds
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_a_short_demo_leaves_pictures_bags_and_a_summary_that_counts_right(tmp_path):
     pytest.importorskip("rclpy", reason="needs ROS 2")
     from occflow_core.demo import run
