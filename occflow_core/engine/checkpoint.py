@@ -87,7 +87,8 @@ def read(stem: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     try:
         about = json.loads(stem.with_suffix(".json").read_text())
-        tensors = load_file(stem.with_suffix(".safetensors"))
+        # copies: the file's own memory begins anywhere, and a dot product's last digit depends on where its numbers lie
+        tensors = {name: t.clone() for name, t in load_file(stem.with_suffix(".safetensors")).items()}
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(
             f"{stem.parent} is no whole checkpoint ({error}); remove the folder to go on from the one before"
