@@ -301,7 +301,7 @@ def test_all_classes_are_there_at_plausible_sizes(world):
     assert {OCC3D.names[k] for k in np.unique(world.tracer.classes)} == set(OCC3D.names)
     sizes = {  # m: length, width, height, from and to
         "car": ((3.4, 1.6, 1.3), (6.0, 2.4, 2.6)),
-        "truck": ((4.5, 1.8, 1.6), (10.0, 2.8, 4.0)),
+        "truck": ((4.5, 1.8, 1.6), (10.0, 3.0, 4.0)),
         "bus": ((9.0, 2.3, 2.6), (19.0, 3.1, 3.8)),
         "trailer": ((2.5, 1.4, 0.8), (15.0, 2.8, 4.3)),
         "construction_vehicle": ((3.5, 1.7, 2.0), (10.0, 3.2, 4.5)),
@@ -411,7 +411,7 @@ def test_a_world_of_another_car_is_read_with_that_car_s_cameras(tmp_path):
     frame = reader.frame(key, lidar=1)
     assert frame.names == ("LEFT", "RIGHT") and frame.used.all() and frame.images.shape == (2, 3, 48, 80)
     apart = frame.cameras.car_from_camera[0, :3, 3] - frame.cameras.car_from_camera[1, :3, 3]
-    assert apart.tolist() == pytest.approx([0, 1, 0], abs=1e-6)
+    assert apart.tolist() == pytest.approx([0, 1, 0], abs=1e-3)  # it turns while the pictures wait
     assert reader.occupancy(key.sample, "occ3d").seen.any()
     done = write_scene_bag(out, "scene-0000", tmp_path / "bag", progress=False)
     assert (done.keyframes, done.pictures, done.holes, done.truths) == (2, 4, 0, 2)
