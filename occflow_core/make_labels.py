@@ -85,17 +85,22 @@ def make_labels(
 def sweeps(dataset: NuScenes, scene: str, every: int = 2, failed: list[str] | None = None) -> Iterator[Sweep]:
     """A scene's LiDAR: all keyframes, with lidarseg where the data set has it, and every n-th sweep between them.
 
-    failed: None lets the first error through; a list takes the sentences, and the sweeps are left out.
+    failed: None lets the first error through; a list takes the sentences, and the sweeps are left out. A sweep is bad
+    input, too, whose pose is out of reach of the one before.
     """
     key_of = {moment.reference: moment.sample for moment in dataset.keyframes(scene)}
     classes = _class_ids(dataset)
-    since = 0
+    since, last = 0, None
     for row in dataset.sweeps(scene, LIDAR):
         since = 0 if row in key_of else since + 1
         if since % every:
             continue
         try:
-            yield _sweep(dataset, row, key_of.get(row), classes)
+            sweep = _sweep(dataset, row, key_of.get(row), classes)
+            if last is not None:
+                dataset.no_gap(dataset.data(row), last.world_from_car, last.stamp)
+            last = sweep
+            yield sweep
         except (ValueError, OSError) as problem:
             if failed is None:
                 raise

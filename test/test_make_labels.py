@@ -122,6 +122,30 @@ def test_bad_input_ends_the_work_or_is_counted(tmp_path):
     assert str(report).startswith("2 keyframes labelled, 0 were there already, 4 failures")
 
 
+def test_a_lidar_sweep_whose_pose_jumps_ends_the_work_or_is_counted(tmp_path):
+    root = layout.write(tmp_path / "set", scenes=1, keyframes=2, lidarseg=True)
+    rows = json.loads((root / "v1.0-mini" / "sample_data.json").read_text())
+    lost = [r for r in rows if "sweeps/LIDAR_TOP" in r["filename"]][1]  # the second of those between
+
+    def away(rows):
+        (pose,) = (row for row in rows if row["token"] == lost["ego_pose_token"])
+        pose["translation"][1] += 100.0
+
+    layout.edit(root, "ego_pose", away)
+    dataset = NuScenes(root, progress=False)
+    words = f"ego_pose: a gap: the pose of sample_data {lost['token']} .LIDAR_TOP. lies .*ego_pose.json"
+    with pytest.raises(ValueError, match=words):
+        maker.make_labels(root, tmp_path / "out", every=1, **QUIET)
+    report = maker.make_labels(root, tmp_path / "out", every=1, keep_going=True, **QUIET)
+    assert report.made == 2 and len(report.failed) == 1 and lost["token"] in report.failed[0]
+    whole = list(maker.sweeps(dataset, dataset.scenes[0], 1, []))
+    assert len(whole) == len(dataset.sweeps(dataset.scenes[0], LIDAR)) - 1, "the others follow each other"
+    last = dataset.keyframes(dataset.scenes[0])[1]
+    with pytest.raises(ValueError, match=words):
+        dataset.cloud(last, 10)
+    assert len(dataset.cloud(last, 1)) > 0
+
+
 def test_without_lidarseg_labels_are_made_from_boxes_and_height(tmp_path):
     root = layout.write(tmp_path / "set", keyframes=2)
     assert maker.make_labels(root, tmp_path / "out", **QUIET).made == 2

@@ -515,7 +515,7 @@ class NuScenes:
                 poses.append(torch.eye(4, dtype=torch.float64))
                 stamps.append(moment.stamp)
                 continue
-            self._no_gap(data, now, moment)
+            self.no_gap(data, now, moment.stamp)
             intrinsics.append(data.pixels_from_camera)
             # float64 until relative: the car's own motion between the picture and the moment is in it
             poses.append(car_from_world @ data.world_from_car @ data.car_from_sensor)
@@ -552,16 +552,18 @@ class NuScenes:
         """Points (P, 5) float32 of the last LiDAR sweeps: x y z (m, the moment's car frame), intensity, age (s).
 
         The newest sweep, and all of it, comes first. Fewer sweeps where the scene has no more. ValueError where there
-        is none before the moment.
+        is none before the moment, and where the poses have a gap.
         """
         rows = self.sweeps(moment.scene, LIDAR)
         stamps = self._columns["stamp"][rows.start : rows.stop]
         newest = rows.start + int(np.searchsorted(stamps, moment.stamp, "right")) - 1
         if newest < rows.start:
             raise ValueError(f"{moment.scene}: no row of {LIDAR} at or before {moment.stamp} ns in table sample_data")
-        car_from_world, parts = rigid.inverse(self._pose(moment.reference)), []
+        now, parts = self._pose(moment.reference), []
+        car_from_world = rigid.inverse(now)
         for row in range(newest, max(rows.start, newest - sweeps + 1) - 1, -1):
             data, points = self.data(row), self.points(row)
+            self.no_gap(data, now, moment.stamp)
             car_from_sensor = car_from_world @ data.world_from_car @ data.car_from_sensor
             parts.append(
                 torch.cat(
@@ -574,6 +576,17 @@ class NuScenes:
                 )
             )
         return torch.cat(parts)
+
+    def no_gap(self, data: SampleData, world_from_car: Tensor, stamp: int) -> None:
+        """ValueError where the car cannot have come from one pose to the other: that of `data`, and another (4, 4)
+        float64 of the same scene at `stamp` ns."""
+        far = float((data.world_from_car[:3, 3] - world_from_car[:3, 3]).norm())
+        seconds = abs(data.stamp - stamp) / NANO
+        if far > FASTEST * seconds + 0.5:
+            raise ValueError(
+                f"table ego_pose: a gap: the pose of sample_data {data.token} ({data.channel}) lies {far:.1f} m from "
+                f"that of {data.scene} at {stamp} ns, {seconds:.3f} s apart ({self._path('ego_pose')})"
+            )
 
     # -- what is true
 
@@ -828,15 +841,6 @@ class NuScenes:
             raise ValueError(
                 f"table ego_pose: the pose of sample_data {token}: {error} ({self._path('ego_pose')})"
             ) from None
-
-    def _no_gap(self, data: SampleData, now: Tensor, moment: Moment) -> None:
-        far = float((data.world_from_car[:3, 3] - now[:3, 3]).norm())
-        seconds = abs(data.stamp - moment.stamp) / NANO
-        if far > FASTEST * seconds + 0.5:
-            raise ValueError(
-                f"table ego_pose: a gap: the pose of sample_data {data.token} ({data.channel}) lies {far:.1f} m from "
-                f"that of {moment.scene} at {moment.stamp} ns, {seconds:.3f} s apart ({self._path('ego_pose')})"
-            )
 
     # -- files
 

@@ -5,18 +5,11 @@ lock: threads are the caller's. P points, R rays, M boxes, S sweeps, V voxels, C
 """
 
 import numpy as np
-from numba import njit
+
+from ..ops.compiled_numba import compiled
 
 
-def _compiled(function):
-    """Compiled once and kept beside the file or in numba's cache folder; in each process where neither can be."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # "no locator available": nowhere to write
-        return njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def inside(points, wanted, box_from_local, half, kinds, grow, ring, box, depth):
     """`aggregate.inside` for points (P, 3) float32 and boxes (M, 4, 4), (M, 3); fills box (P,) and depth (P,)."""
     boxes = len(half)
@@ -44,7 +37,7 @@ def inside(points, wanted, box_from_local, half, kinds, grow, ring, box, depth):
                 best, box[p], depth[p] = rank, m, out
 
 
-@_compiled
+@compiled
 def nearest(points, limit, heads, keys, links, refs, kinds, cell, low, steps, ground, label):
     """Class of the nearest reference within limit (P,) m; see `aggregate.nearest`. heads, keys: an open hash table of
     cells, links: the next reference in the same cell."""
@@ -87,12 +80,12 @@ def nearest(points, limit, heads, keys, links, refs, kinds, cell, low, steps, gr
                             at = links[at]
 
 
-@_compiled
+@compiled
 def _slot(key, mask):
     return np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)) & mask
 
 
-@_compiled
+@compiled
 def table(cells, heads, keys, links):
     """Fills the hash table of `nearest` from the cell (n,) of each reference."""
     mask = len(heads) - 1
@@ -104,7 +97,7 @@ def table(cells, heads, keys, links):
         heads[slot] = i
 
 
-@_compiled
+@compiled
 def fill(height, kind, reach, slope, out_height, out_kind):
     """`aggregate.filled` for maps (X, Y): height NaN where nothing is."""
     nx, ny = height.shape
@@ -140,7 +133,7 @@ def fill(height, kind, reach, slope, out_height, out_kind):
                     break
 
 
-@_compiled
+@compiled
 def crossings(ends, eye, box_from_local, half, ray, box, enter, leave):
     """`aggregate.crossings`: fills the four (room,) and returns how many there are."""
     n = 0
@@ -172,7 +165,7 @@ def crossings(ends, eye, box_from_local, half, ray, box, enter, leave):
     return n
 
 
-@_compiled
+@compiled
 def vote(points, classes, when, now, voxels_from_local, shape, owner, ground, bits, hits):
     """`voxelise.vote`: marks in bits (V, C) uint64 which of the 4 x 4 x 4 parts of a voxel hold a point of a class."""
     nx, ny, nz = shape
@@ -199,7 +192,7 @@ def vote(points, classes, when, now, voxels_from_local, shape, owner, ground, bi
         hits[at] += 1
 
 
-@_compiled
+@compiled
 def carve(starts, ends, parts_from_local, free):
     """`voxelise.carve`: marks in free (X, Y, Z) what segments cross before the part that they end in.
 

@@ -5,8 +5,9 @@ A voxel costs a nanosecond here; handing parts of it to threads would cost more,
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from ..ops.compiled_numba import compiled
 
 
 def pairs(cell: Tensor, true: Tensor, told: Tensor, cells: int, kinds: int) -> Tensor:
@@ -16,15 +17,7 @@ def pairs(cell: Tensor, true: Tensor, told: Tensor, cells: int, kinds: int) -> T
     return torch.from_numpy(counts)
 
 
-def _compiled(function):
-    """Compiled once and kept beside the file or in numba's cache folder; in each process where neither can be."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # "no locator available": nowhere to write
-        return njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def _count(cell, true, told, counts):
     last = counts.shape[1] - 1
     for i in range(len(true)):

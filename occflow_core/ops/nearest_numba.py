@@ -9,20 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from .compiled_numba import compiled
 
 _PER_CELL = 8.0  # points that a cell should hold where they lie on surfaces
 _FEW = 4096  # points below which a thread costs more than it brings
 _NOWHERE = 1e9  # m: where points are put that are not finite
-
-
-def _compiled(function):
-    """Compiled once and kept beside the file or in numba's cache folder; in each process where neither can be."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # "no locator available": nowhere to write
-        return njit(nogil=True)(function)
 
 
 def nearest(points: Tensor, among: Tensor) -> Tensor:
@@ -59,13 +52,13 @@ def _cells(asked: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
     return low.astype(np.float64), edge, shape
 
 
-@_compiled
+@compiled
 def _cell(x, low, edge, n):
     cell = np.floor((x - low) / edge)
     return int(min(max(cell, 0.0), n - 1.0))
 
 
-@_compiled
+@compiled
 def _sort(asked, low, edge, shape):
     """Where each cell begins in the order (C + 1,), and the order: point numbers by cell, ascending within one."""
     cells = np.empty(len(asked), np.int64)
@@ -88,7 +81,7 @@ def _sort(asked, low, edge, shape):
     return begin, order
 
 
-@_compiled
+@compiled
 def _ask(asking, asked, order, begin, low, edge, shape, found, first, last):
     for i in range(first, last):
         px, py, pz = np.float64(asking[i, 0]), np.float64(asking[i, 1]), np.float64(asking[i, 2])

@@ -11,22 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from . import raycast
+from .compiled_numba import compiled
 
 _FEW = 4096  # rays below which a thread costs more than it brings
 _ROWS = 100  # rows of `observed`'s targets in one job of a thread
 _STEPS, _NEVER, _FAR = raycast.STEPS, raycast._NEVER, raycast._FAR
-
-
-def _compiled(function):
-    """Compiled once and kept beside the file or in numba's cache folder; in each process where neither can be."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # "no locator available": nowhere to write
-        return njit(nogil=True)(function)
 
 
 def cast(filled: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,13 +80,13 @@ def _side_by_side(jobs: list[tuple]) -> None:
             done.result()
 
 
-@_compiled
+@compiled
 def _cut(place):
     """`raycast._start` for one number."""
     return np.int64(min(max(place, -_FAR), _FAR))
 
 
-@_compiled
+@compiled
 def _sweep(filled, crossed, ox, oy, oz, dx, dy, dz):
     """One ray: marks in crossed (X, Y, Z) what it crosses up to and including the first filled voxel."""
     nx, ny, nz = filled.shape
@@ -159,7 +151,7 @@ def _sweep(filled, crossed, ox, oy, oz, dx, dy, dz):
             return
 
 
-@_compiled
+@compiled
 def _cast(filled, origins, starts, directions, distance, index, first, last):
     nx, ny, nz = filled.shape
     for r in range(first, last):
@@ -203,7 +195,7 @@ def _cast(filled, origins, starts, directions, distance, index, first, last):
                 break
 
 
-@_compiled
+@compiled
 def _swept(filled, origins, directions, crossed, first, last):
     for r in range(first, last):
         _sweep(
@@ -218,7 +210,7 @@ def _swept(filled, origins, directions, crossed, first, last):
         )
 
 
-@_compiled
+@compiled
 def _observe(filled, eye, edges, crossed, first, last):
     """Rows first to last of the targets of one camera: first those on the six sides, then the border voxels by x."""
     size = filled.shape
@@ -234,7 +226,7 @@ def _observe(filled, eye, edges, crossed, first, last):
             _border(filled, eye, edges, crossed, a)
 
 
-@_compiled
+@compiled
 def _faces(filled, eye, edges, crossed, axis, upper, a):
     """Row `a` of the faces on one side of the grid."""
     size = filled.shape
@@ -259,7 +251,7 @@ def _faces(filled, eye, edges, crossed, axis, upper, a):
             _aim(filled, eye, target, crossed)
 
 
-@_compiled
+@compiled
 def _border(filled, eye, edges, crossed, ix):
     """Voxels with this x whose centre is within all edges and a corner is not."""
     _, ny, nz = filled.shape
@@ -287,7 +279,7 @@ def _border(filled, eye, edges, crossed, ix):
                 _aim(filled, eye, target, crossed)
 
 
-@_compiled
+@compiled
 def _aim(filled, eye, target, crossed):
     begin, outside = 0.0, False
     for k in range(3):

@@ -115,8 +115,10 @@ def make(plan: Plan, out: Path, share: tuple[int, int] = (0, 1), step: Callable[
     """
     writer = _Writer(World(plan), out)
     first, last = (plan.keyframes * k // share[1] for k in (share[0], share[0] + 1))
+    # processes that begin together compile different kernels first and then have each other's
+    labels_first = (plan.number + share[0]) % 2 == 1
     for k in range(first, last):
-        writer.keyframe(k)
+        writer.keyframe(k, labels_first)
         step()
     return writer.part
 
@@ -215,11 +217,15 @@ class _Writer:
         self.part = Part({name: [] for name in (*self.plan.rig.names, "LIDAR_TOP")}, [], [], {})
         self.sweeps = [world.sweep(k / KEYFRAMES) for k in range(self.plan.keyframes)]
 
-    def keyframe(self, k: int) -> None:
+    def keyframe(self, k: int, labels_first: bool) -> None:
+        """Everything of keyframe k; in which order says `labels_first`, the files are the same."""
         time = k / KEYFRAMES
+        if labels_first:
+            self._labels(k, time)
         shown = self._pictures(k, time)
         self._lidar(k, time)
-        self._labels(k, time)
+        if not labels_first:
+            self._labels(k, time)
         self.part.drafts[k] = self._drafts(k, time, shown)
 
     # ---- sensors -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from .truth_numba import compiled
+from ...ops.compiled_numba import compiled
 
 # the kinds of `meshes`
 PLAIN, PAINT, GLASS, HEADLAMP, TAILLAMP, ASPHALT, PAVING, GRASS, MARKING = range(9)
@@ -180,6 +180,7 @@ def shade(
     seed,
 ):
     """Colours of hits."""
+    base = np.int64(0)  # of the patterns' seeds: numba compiles a function anew for each literal that it is called with
     for p in range(len(out)):
         dx, dy, dz = directions[p, 0], directions[p, 1], directions[p, 2]
         f = face[p]
@@ -227,18 +228,17 @@ def shade(
             r, g, b = r * paints[a, w, 0], g * paints[a, w, 1], b * paints[a, w, 2]
         mirror, er, eg, eb, wrap = 0.0, 0.0, 0.0, 0.0, 0.0
         if kind in (ASPHALT, MARKING):
-            n = 0.22 * _octave(x, y, 0.06, width, 11) + 0.12 * _octave(x, y, 0.35, width, 12)
-            n += 0.13 * _octave(x, y, 3.1, width, 13) + 0.12 * _octave(x, y, 14.0, width, 14)
-            crack = _octave(x, y, 2.3, width, 15)
+            n = 0.22 * _octave(x, y, 0.06, width, base + 11) + 0.12 * _octave(x, y, 0.35, width, base + 12)
+            n += 0.13 * _octave(x, y, 3.1, width, base + 13) + 0.12 * _octave(x, y, 14.0, width, base + 14)
+            crack = _octave(x, y, 2.3, width, base + 15)
             if abs(crack) < 0.02 and width < 0.1:
                 n -= 0.25 * (1 - width / 0.1)
             if kind == MARKING:
-                wear = min(
-                    max(1.15 + 1.2 * _octave(x, y, 0.25, width, 16) + 0.9 * _octave(x, y, 2.0, width, 17), 0.25), 1.0
-                )
+                wear = 1.15 + 1.2 * _octave(x, y, 0.25, width, base + 16) + 0.9 * _octave(x, y, 2.0, width, base + 17)
+                wear = min(max(wear, 0.25), 1.0)
                 r, g, b = r * wear + 0.09 * (1 - wear), g * wear + 0.09 * (1 - wear), b * wear + 0.09 * (1 - wear)
             r, g, b = r * (1 + n), g * (1 + n), b * (1 + n)
-            puddle = min(max(0.55 + 1.3 * _octave(x, y, 2.6, width, 18), 0.0), 1.0)
+            puddle = min(max(0.55 + 1.3 * _octave(x, y, 2.6, width, base + 18), 0.0), 1.0)
             dark = 1 - 0.45 * wet
             r, g, b = r * dark, g * dark, b * dark
             mirror = wet * (0.12 + 0.5 * puddle)
@@ -246,57 +246,57 @@ def shade(
             if kind == PAVING:
                 i, j = math.floor(x / 0.75), math.floor(y / 0.75)
                 fade = min(max(1.2 - width / 0.6, 0.0), 1.0)
-                n = 0.10 * (_hash(i, j, 21) - 0.5) * fade
+                n = 0.10 * (_hash(i, j, base + 21) - 0.5) * fade
                 gap = max(_lines(x, 0.75, 0.02, width), _lines(y, 0.75, 0.02, width))
                 n -= 0.35 * gap
             else:
                 n = 0.0
-            n += 0.10 * _octave(x, y + z, 0.09, width, 22) + 0.10 * _octave(x, y + 2 * z, 1.7, width, 23)
+            n += 0.10 * _octave(x, y + z, 0.09, width, base + 22) + 0.10 * _octave(x, y + 2 * z, 1.7, width, base + 23)
             r, g, b = r * (1 + n), g * (1 + n), b * (1 + n)
             dark = 1 - 0.35 * wet
             r, g, b = r * dark, g * dark, b * dark
             mirror = 0.10 * wet * max(nz, 0.0)
         elif kind in (GRASS, SOIL):
-            n = 0.35 * _octave(x, y, 0.05, width, 31) + 0.22 * _octave(x, y, 0.3, width, 32)
-            warm = 0.25 * _octave(x, y, 2.4, width, 33) + 0.2 * _octave(x, y, 9.0, width, 34)
-            n += 0.12 * _octave(x, y, 1.1, width, 35)
+            n = 0.35 * _octave(x, y, 0.05, width, base + 31) + 0.22 * _octave(x, y, 0.3, width, base + 32)
+            warm = 0.25 * _octave(x, y, 2.4, width, base + 33) + 0.2 * _octave(x, y, 9.0, width, base + 34)
+            n += 0.12 * _octave(x, y, 1.1, width, base + 35)
             r, g, b = r * (1 + n + warm), g * (1 + n), b * (1 + n - 0.3 * warm)
         elif kind == FOLIAGE:
             q = 0.7 * lx + 0.6 * ly
             s = lz + 0.35 * lx - 0.3 * ly
-            n = 0.55 * _octave(q, s, 0.16, width, 41) + 0.35 * _octave(q, s, 0.5, width, 42)
+            n = 0.55 * _octave(q, s, 0.16, width, base + 41) + 0.35 * _octave(q, s, 0.5, width, base + 42)
             if a < 0:
-                n += 0.12 * _octave(x, y, 3.0, width, 43)
-            n += 0.3 * _octave(q * 1.7 + s, s * 1.3 - q, 0.07, width, 44)
+                n += 0.12 * _octave(x, y, 3.0, width, base + 43)
+            n += 0.3 * _octave(q * 1.7 + s, s * 1.3 - q, 0.07, width, base + 44)
             r, g, b = r * max(1 + n, 0.15), g * max(1 + n, 0.15), b * max(1 + 0.8 * n, 0.15)
             bump = 0.9
-            nx += bump * _octave(q, s, 0.3, width, 45)
-            ny += bump * _octave(s, q, 0.3, width, 46)
-            nz += bump * _octave(q + s, s, 0.3, width, 47) + 0.15
+            nx += bump * _octave(q, s, 0.3, width, base + 45)
+            ny += bump * _octave(s, q, 0.3, width, base + 46)
+            nz += bump * _octave(q + s, s, 0.3, width, base + 47) + 0.15
             length = math.sqrt(nx * nx + ny * ny + nz * nz) + 1e-9
             nx, ny, nz = nx / length, ny / length, nz / length
             wrap = 0.35
         elif kind == BARK:
-            n = 0.3 * _octave(lx * 3 + ly * 3, lz * 0.4, 0.08, width, 51)
+            n = 0.3 * _octave(lx * 3 + ly * 3, lz * 0.4, 0.08, width, base + 51)
             r, g, b = r * (1 + n), g * (1 + n), b * (1 + n)
         elif kind == STRIPES:
             k = math.floor((lx + lz) / 0.3)
             if k % 2 == 0:
                 r, g, b = 0.8, 0.8, 0.78
         elif kind == ROOF:
-            n = 0.12 * _octave(x + y, z * 3, 0.3, width, 61) - 0.25 * _lines(z * 1.6, 0.3, 0.05, width)
+            n = 0.12 * _octave(x + y, z * 3, 0.3, width, base + 61) - 0.25 * _lines(z * 1.6, 0.3, 0.05, width)
             r, g, b = r * (1 + n), g * (1 + n), b * (1 + n)
         elif kind in (FACADE, BRICK):
             row = facades[min(int(aux[f]), len(facades) - 1)]
             along = math.sqrt(nx * nx + ny * ny)
             if along < 0.5:  # a flat roof
-                n = 0.15 * _octave(x, y, 1.0, width, 71)
+                n = 0.15 * _octave(x, y, 1.0, width, base + 71)
                 r, g, b = 0.22 * (1 + n), 0.21 * (1 + n), 0.2 * (1 + n)
             else:
                 q = (-ny * x + nx * y) / along + row[5] * 50
                 wall = row[4]
-                n = 0.06 * _octave(q, z, 0.12, width, 72) + 0.10 * _octave(q, z, 2.3, width, 73)
-                n += 0.10 * _octave(q * 2.0, z * 0.2, 1.1, width, 74)
+                n = 0.06 * _octave(q, z, 0.12, width, base + 72) + 0.10 * _octave(q, z, 2.3, width, base + 73)
+                n += 0.10 * _octave(q * 2.0, z * 0.2, 1.1, width, base + 74)
                 if wall == 1.0 or kind == BRICK:
                     level = math.floor(z / 0.075)
                     joint = max(_lines(z, 0.075, 0.012, width), _lines(q + 0.11 * (level % 2), 0.22, 0.012, width))
@@ -327,17 +327,17 @@ def shade(
                         frame += cross
                     tone = 0.75 if row[6] > 0.5 else 0.16
                     tall = 1 - 0.25 * min(max((ev - row[1] + 0.3) / 0.3, 0.0), 1.0)
-                    glass = 0.02 + 0.05 * _hash(i, j, 76)
-                    curtain = 1.0 if _hash(i, j, 77) < row[7] else 0.0
+                    glass = 0.02 + 0.05 * _hash(i, j, base + 76)
+                    curtain = 1.0 if _hash(i, j, base + 77) < row[7] else 0.0
                     cr, cg, cb = glass + 0.3 * curtain, glass + 0.29 * curtain, glass * 1.15 + 0.26 * curtain
                     rest = 1 - pane - frame
                     r = r * rest + tone * frame * tall + cr * pane
                     g = g * rest + tone * frame * tall + cg * pane
                     b = b * rest + tone * frame * tall + cb * pane
                     mirror = pane * (0.55 if wall == 2.0 else 0.35)
-                    if night > 0 and _hash(i, j, 78) < 0.36:
-                        warm = _hash(i, j, 79)
-                        glow = night * pane * (0.35 + 0.5 * _hash(i, j, 80))
+                    if night > 0 and _hash(i, j, base + 78) < 0.36:
+                        warm = _hash(i, j, base + 79)
+                        glow = night * pane * (0.35 + 0.5 * _hash(i, j, base + 80))
                         er, eg, eb = glow * 1.0, glow * (0.62 + 0.2 * warm), glow * (0.28 + 0.45 * warm)
         elif kind == PAINT:
             mirror = 0.30
@@ -347,8 +347,8 @@ def shade(
             mirror = 0.15
         elif kind == WATER:
             mirror = 0.8
-            nx += 0.03 * _octave(x, y, 0.4, width, 91)
-            ny += 0.03 * _octave(y, x, 0.4, width, 92)
+            nx += 0.03 * _octave(x, y, 0.4, width, base + 91)
+            ny += 0.03 * _octave(y, x, 0.4, width, base + 92)
         elif kind == HEADLAMP:
             er, eg, eb = 7.0 * night, 6.8 * night, 6.0 * night
             if a < 0:
@@ -492,7 +492,7 @@ def develop(colour, height, width, exposure, grain, rain, seed):
             streak = 0.0
             if rain > 0:
                 column = math.floor(x * 0.6 + y * 0.05)
-                h = _hash(column, seed, 3)
+                h = _hash(column, seed, np.int64(3))
                 phase = (y * (0.008 + 0.012 * h) * 400.0 / height + 17.0 * h) % 1.0
                 if h > 0.84 and phase < 0.22:
                     streak = rain * (0.22 - phase) * 0.35

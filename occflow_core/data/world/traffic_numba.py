@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .truth_numba import compiled
+from ...ops.compiled_numba import compiled
 
 
 @compiled

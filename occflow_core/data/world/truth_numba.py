@@ -3,15 +3,8 @@
 import math
 
 import numpy as np
-from numba import njit
 
-
-def compiled(function):
-    """Compiled once and kept beside the file or in numba's cache folder; in each process where neither can be."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # "no locator available": nowhere to write
-        return njit(nogil=True)(function)
+from ...ops.compiled_numba import compiled
 
 
 @compiled

@@ -12,6 +12,7 @@ from occflow_core.data.world import scene, truth
 from occflow_core.geometry import rigid
 from occflow_core.types import OCC3D, OPENOCC
 
+pytestmark = pytest.mark.timeout(300)  # the first one makes the world, and compiles what makes it
 SCENE = "scene-0000"
 HALF_A_PIXEL = 0.5 * SIZE[1] / 1600  # of nuScenes' own pictures
 

@@ -13,10 +13,14 @@ pytest.importorskip("embreex", reason="the synthetic world needs Embree (pip ins
 
 from data.world.small import ARGUMENTS, KEYFRAMES, SIZE, Triangles, distance
 
+from occflow_core.data.drives import write_scene_bag
+from occflow_core.data.nuscenes import NuScenes
 from occflow_core.data.world import render, rig, scene, tables, write, write_world
+from occflow_core.data.world.models import models
 from occflow_core.geometry import OCC3D_GRID, Cameras, rigid
 from occflow_core.types import OCC3D, OPENOCC
 
+pytestmark = pytest.mark.timeout(300)  # the first one makes the world, and compiles what makes it
 LOW, VOXEL = np.array(OCC3D_GRID.low), np.array(OCC3D_GRID.voxel)
 FREE = OCC3D.free
 
@@ -293,6 +297,27 @@ def test_labels_and_mask_lidar_hold_where_the_keyframe_s_points_are(folder, rows
             assert (occ3d["semantics"][at][mine] == OCC3D.id(name)).mean() > 0.75, name
 
 
+def test_all_classes_are_there_at_plausible_sizes(world):
+    assert {OCC3D.names[k] for k in np.unique(world.tracer.classes)} == set(OCC3D.names)
+    sizes = {  # m: length, width, height, from and to
+        "car": ((3.4, 1.6, 1.3), (6.0, 2.4, 2.6)),
+        "truck": ((4.5, 1.8, 1.6), (10.0, 3.0, 4.0)),
+        "bus": ((9.0, 2.3, 2.6), (19.0, 3.1, 3.8)),
+        "trailer": ((2.5, 1.4, 0.8), (15.0, 2.8, 4.3)),
+        "construction_vehicle": ((3.5, 1.7, 2.0), (10.0, 3.2, 4.5)),
+        "motorcycle": ((1.8, 0.5, 1.0), (2.6, 1.1, 2.0)),
+        "bicycle": ((1.5, 0.4, 0.9), (2.1, 0.9, 2.1)),
+        "pedestrian": ((0.2, 0.3, 0.9), (1.3, 1.1, 2.1)),
+        "barrier": ((0.2, 0.2, 0.6), (3.5, 3.5, 1.5)),
+        "traffic_cone": ((0.2, 0.2, 0.4), (0.6, 0.6, 1.2)),
+    }
+    kinds = {model.kind for model in models().values()}
+    assert kinds >= set(sizes)
+    for model in models().values():
+        low, high = sizes.get(model.kind, ((0.1,) * 3, (4.0,) * 3))
+        assert (np.array(low) <= model.size).all() and (np.array(model.size) <= high).all(), (model.name, model.size)
+
+
 # ---- bytes -------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +393,28 @@ def test_a_rig_that_lacks_a_field_is_named(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         rig.read(path)
+
+
+def test_a_world_of_another_car_is_read_with_that_car_s_cameras(tmp_path):
+    """With names of its own, two cameras, another size: what follows needs no word about it."""
+    path = tmp_path / "rig.json"
+    ahead = {"intrinsic": [[60, 0, 40], [0, 60, 24], [0, 0, 1]], "rotation": [0.5, -0.5, 0.5, -0.5], "delay_us": -20000}
+    cameras = [{"name": "LEFT", "translation": [1.5, 0.5, 1.5], **ahead}]
+    cameras += [{"name": "RIGHT", "translation": [1.5, -0.5, 1.5], **ahead}]
+    lidar = {"translation": [1, 0, 1.8], "rotation": [0.7071068, 0, 0, -0.7071068]}
+    path.write_text(json.dumps({"width": 80, "height": 48, "lidar": lidar, "cameras": cameras}))
+    out = write_world(
+        tmp_path / "out", 1, keyframes=2, size=(48, 80), rig=path, sweeps=False, processes=1, progress=False
+    )
+    reader = NuScenes(out, progress=False)
+    (key, _) = reader.keyframes("scene-0000")
+    frame = reader.frame(key, lidar=1)
+    assert frame.names == ("LEFT", "RIGHT") and frame.used.all() and frame.images.shape == (2, 3, 48, 80)
+    apart = frame.cameras.car_from_camera[0, :3, 3] - frame.cameras.car_from_camera[1, :3, 3]
+    assert apart.tolist() == pytest.approx([0, 1, 0], abs=1e-3)  # it turns while the pictures wait
+    assert reader.occupancy(key.sample, "occ3d").seen.any()
+    done = write_scene_bag(out, "scene-0000", tmp_path / "bag", progress=False)
+    assert (done.keyframes, done.pictures, done.holes, done.truths) == (2, 4, 0, 2)
 
 
 def test_every_weather_has_light():
