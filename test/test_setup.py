@@ -93,7 +93,15 @@ def test_constraints_are_exact_and_leave_no_python_out():
 def test_nothing_large_or_unrelated_is_required():
     names = set(pins()) | {distribution(line) for file in ("run.txt", "test.txt") for line in requirement_lines(file)}
     # PyPI's `launch` is another program than ROS's
-    assert not names & {"triton", "rerun-sdk", "tensorrt", "launch", "nuscenes-devkit", "opencv-python"}
+    assert not names & {"rerun-sdk", "tensorrt", "launch", "nuscenes-devkit", "opencv-python"}
+    # hundreds of megabytes that only a GPU uses: torch's CUDA builds bring their own
+    assert "triton" not in {distribution(line) for line in requirement_lines("run.txt")}
+
+
+def test_triton_is_the_one_that_torchs_gpu_builds_ask_for():
+    """Two exact wishes that differ cannot be installed; torch's CPU builds do not tell theirs."""
+    asked = {"torch": "2.13.0", "triton": "3.7.1"}  # read in the metadata of torch's build from PyPI: renew both
+    assert {name: pins()[name][0].partition("==")[2] for name in asked} == asked
 
 
 def test_no_file_names_a_registry_or_a_home_directory():

@@ -12,7 +12,8 @@ as SparseOcc and OccNet call it in "test" mode), because a metric that is off by
 - an origin outside enters the grid if the ray points there; a walk ends after 1001 steps.
 
 The functions of this file are the definition, on any device. On the CPU `raycast_numba` does the same, ray for ray,
-about two hundred times as fast; without numba installed the definition runs there too.
+about two hundred times as fast, and on a GPU `raycast_triton` does `cast`; without numba or Triton installed the
+definition runs there too.
 """
 
 from functools import cache
@@ -48,9 +49,9 @@ def cast(filled: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, T
 def swept(filled: Tensor, origins: Tensor, directions: Tensor) -> Tensor:
     """Every voxel that a ray crosses up to and including its first filled one, (X, Y, Z) bool. Arguments as `cast`."""
     origins, directions = _rays(filled, origins, directions)
-    fast = _fast(filled)
-    if fast is not None:
-        return fast.swept(filled, origins, directions)
+    compiled = _numba() if filled.device.type == "cpu" else None
+    if compiled is not None:
+        return compiled.swept(filled, origins, directions)
     crossed = torch.zeros_like(filled)
     for _, voxels, _ in _walk(filled, origins, directions):
         crossed[voxels.unbind(1)] = True
@@ -61,10 +62,7 @@ def _walk(filled: Tensor, origins: Tensor, directions: Tensor):
     """All rays in step; yields (rays (M,), their voxels (M, 3), distances at which they leave them (M,))."""
     ray = torch.arange(len(origins), device=filled.device)  # rays still walking; all tensors below follow it
     size = torch.tensor(filled.shape, device=filled.device)
-    voxel = _start(origins)
-    step = torch.where(directions >= 0, 1, -1)
-    border = torch.where(directions == 0, _NEVER, (voxel + (step > 0) - origins) / directions)
-    across = torch.where(directions == 0, _NEVER, step / directions)
+    voxel, step, border, across = _begin(origins, directions)
     for _ in range(STEPS):
         inside = ((voxel >= 0) & (voxel < size)).all(1)
         # beyond the grid on the side to which it goes: it has left, or will never enter
@@ -80,6 +78,16 @@ def _walk(filled: Tensor, origins: Tensor, directions: Tensor):
         ray, voxel, step, border, across = (a[walking] for a in (ray, voxel, step, border, across))
         if not len(ray):
             return
+
+
+def _begin(origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a walk carries, each (R, 3): its voxel and step (int64), the distances at which it meets the next border of
+    each axis, and from one border to the next (float64)."""
+    voxel = _start(origins)
+    step = torch.where(directions >= 0, 1, -1)
+    border = torch.where(directions == 0, _NEVER, (voxel + (step > 0) - origins) / directions)
+    across = torch.where(directions == 0, _NEVER, step / directions)
+    return voxel, step, border, across
 
 
 def _rays(filled: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +112,12 @@ def _start(origins: Tensor) -> Tensor:
 
 
 def _fast(filled: Tensor):
-    return _numba() if filled.device.type == "cpu" else None
+    """The file whose `cast` is made for this device, or None where the definition runs."""
+    if filled.device.type == "cpu":
+        return _numba()
+    if filled.device.type == "cuda":
+        return _triton()
+    return None
 
 
 @cache
@@ -115,3 +128,13 @@ def _numba():
     except ImportError:
         return None
     return raycast_numba
+
+
+@cache
+def _triton():
+    """The GPU's walk, or None where Triton is not installed."""
+    try:
+        from . import raycast_triton
+    except ImportError:
+        return None
+    return raycast_triton

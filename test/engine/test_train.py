@@ -194,6 +194,23 @@ def test_what_is_remembered_random_and_averaged_is_gone_on_with(root, whole, tmp
         assert curve(harmed)[:8] == curve(whole)[:8] and curve(harmed)[8:] != curve(whole)[8:], harm.__name__
 
 
+def test_opus_goes_on_in_the_middle_of_a_drive_as_if_nothing_had_happened(root, tmp_path):
+    """Thirty-two channels a group: long enough for a dot product to depend on where its numbers lie in memory."""
+    run = with_settings(tiny.run(root, "opus"), ["steps=6", "save_every=3", "keep=9"])
+    run = replace(run, config=replace(run.config, channels=64, groups=2))
+    train(run, tmp_path / "whole", "cpu", progress=False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+    shutil.rmtree(tmp_path / "torn/checkpoints/step-00000006")
+    train(run, tmp_path / "torn", "cpu", progress=False)
+    about = json.loads((tmp_path / "torn/checkpoints/step-00000003/process-0.json").read_text())
+    assert any(about["memory"]["fields"]["lanes"]["tuple"])
+    assert curve(tmp_path / "torn") == curve(tmp_path / "whole")
+    one, two = (
+        load_file(tmp_path / f"{name}/checkpoints/step-00000006/state.safetensors") for name in ("torn", "whole")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 # ---- several processes
 
 
