@@ -181,7 +181,7 @@ def scored(predictions: Path, world: Any, scene: str, model: str) -> dict[str, A
     """
     from .data.bag import read_bag
     from .engine.average import load as load_average
-    from .engine.evaluate import MODEL, Job, average_path, evaluate_said, reported
+    from .engine.evaluate import Job, average_path, evaluate_said, reported
     from .runtime import shipped
     from .show.pictures import SAME
     from .voxelflow import unpack
@@ -196,7 +196,7 @@ def scored(predictions: Path, world: Any, scene: str, model: str) -> dict[str, A
     average = None if weights is None else load_average(average_path(weights))[0]
     job = Job(world, "openocc", average=average)
     report = reported(job, evaluate_said(job, scene, said), [scene])
-    return report | {"model": model, "answered": f"{len(said)} of {len(keyframes)}", "row of the node": MODEL}
+    return report | {"model": model, "answered": f"{len(said)} of {len(keyframes)}"}
 
 
 def summarise(recording: Recording, frames: int, rate: float) -> dict[str, Any]:
