@@ -71,11 +71,12 @@ NAME_WEIGHTS = {  # of a class's scores, whether they should be high or low
     "vegetation": 1.0,
 }
 
-# ---- where our own networks begin; the authors draw places, moves and names at random, and train on millions of samples
+# ---- where our own networks begin; the authors draw all at random, and train on millions of samples
 GROUND = 0.0  # m: the queries begin spread evenly over it ...
 HEIGHT = 0.3  # m: ... and their points around them, to their neighbours' and this far up and down
 LOOK = 3**0.5  # a query looks as far around as its points lie, in their spread (or in m where it has one point)
-SHARES = {  # of the occupied voxels of streets (of 96 keyframes of the synthetic world; `others` is a guess): what a point is called at first
+# of the occupied voxels of streets (96 keyframes of the synthetic world; `others` is a guess): a point's first name
+SHARES = {
     "others": 0.001,
     "barrier": 0.014,
     "bicycle": 0.0008,
