@@ -127,7 +127,7 @@ def test_evaluate_scores_weights_beside_baselines_and_makes_the_map_that_ships_w
 
     data, out = drives.write(tmp_path / "data"), tmp_path / "out"
     weights = drives.weights(tmp_path / "some.safetensors")
-    settings = f"data.root={data} data.world=none data.train=here_train data.val=here_val".split()
+    settings = f"model=opus-nano data.root={data} data.world=none data.train=here_train data.val=here_val".split()
     ended = occflow("evaluate", "demo", weights, "--make-average", "--set", *settings)
     average = tmp_path / "some.average.safetensors"
     assert ended.returncode == 0 and average.is_file() and "split here_train, 3 keyframes" in ended.stdout, ended

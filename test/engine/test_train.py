@@ -396,7 +396,8 @@ def test_a_part_that_is_not_there_is_named(root, tmp_path):
 
 
 SMALL = (
-    *("data.world=none", "data.train=train", "steps=3", "batch=2", "data.cache=0.1", "save_every=2"),
+    *("data.world=none", "data.train=train", "data.camera_mask=false", "data.cache=0.1"),
+    *("steps=3", "batch=2", "save_every=2"),
     *("config.height=64", "config.width=96", "config.queries=20", "config.refines=(2,4)", "config.frames=2"),
     *("config.grid.low=(-6,-6,-1)", "config.grid.shape=(30,30,16)", "optimise.warm_up=2"),
 )
