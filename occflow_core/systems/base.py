@@ -35,15 +35,15 @@ class System(Protocol):
 def seeded(system: nn.Module, seed: int) -> nn.Module:
     """The system with new random weights, the same for the same seed; for demonstrations without trained weights.
 
-    `system.initialise(prior=0.5)` then lets every class be as likely as not, so that an untrained network says
-    something at all.
+    `system.initialise(prior=0.3)` then lets every class be so likely that an untrained network says something here and
+    there, neither nothing nor everywhere.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in system.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        system.initialise(prior=0.5)
+        system.initialise(prior=0.3)
     return system
 
 

@@ -49,7 +49,8 @@ FLOW_WEIGHT = 0.25  # ours
 BETA = 0.2  # m, where the loss of a distance turns from a square into a line
 NEAR = 0.2  # m: a voxel that the camera sees and whose nearest point is farther away counts FAR_WEIGHT times
 FAR_WEIGHT, RARE_WEIGHT = 5.0, 10.0
-STRAY = 0.5  # m: ours: a point farther than this from the voxel nearest to it is told to be nothing
+PULL = 0.8
+STRAY = 0.35  # m: ours: a point farther than this from the voxel nearest to it is told to be nothing
 RARE = ("others", "bicycle", "construction_vehicle", "traffic_cone")  # seen, they count RARE_WEIGHT times at least
 NAME_WEIGHTS = {  # of a class's scores, whether they should be high or low
     "others": 10.0,
@@ -247,6 +248,8 @@ class Opus(nn.Module):
         self.queries = nn.Embedding(config.queries, 3)  # where each query begins, fractions of the grid's box
         before = (1, *config.refines[:-1])
         self.layers = nn.ModuleList(Layer(config, *points) for points in zip(before, config.refines, strict=True))
+        if not config.as_published:  # a column is not a guess that could be better
+            self.queries.weight.requires_grad_(False)
         for name, values in zip(("mean", "std"), self.backbone.normal, strict=True):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.initialise()
@@ -266,16 +269,20 @@ class Opus(nn.Module):
         if config.as_published:
             nn.init.uniform_(self.queries.weight)
             return
-        # even over the square whatever their number: multiples of the two plastic ratios (R2, Roberts 2018)
-        steps = torch.arange(1, config.queries + 1)[:, None] * torch.tensor([0.7548776662466927, 0.5698402909980532])
-        ground = (GROUND - config.grid.low[2]) / config.grid.size[2]
-        self.queries.weight[:, :2] = steps % 1
-        self.queries.weight[:, 2] = min(max(ground, 0.0), 1.0)
-        reach = math.sqrt(config.grid.size[0] * config.grid.size[1] / config.queries) / 2
+        # each query stands in the middle of a column of its own, and its points are spread over that
+        grid = config.grid
+        ground = min(max(GROUND, grid.low[2]), grid.high[2])
+        edge = math.sqrt(grid.size[0] * grid.size[1] / config.queries)
+        middle = torch.tensor([0.0, 0.0, (grid.high[2] - ground) / 2])  # m above its foot
+        self.queries.weight[:, :2] = _even(config.queries, *grid.size[:2])
+        self.queries.weight[:, 2] = (ground + middle[2] - grid.low[2]) / grid.size[2]
+        spread = torch.tensor([edge, edge, grid.high[2] - ground]) / 12**0.5  # of one point, which has none itself
         for layer in self.layers:
-            moves = layer.move[-1].bias.view(-1, 3)
-            moves.uniform_(-1, 1).mul_(moves.new_tensor([reach, reach, HEIGHT]) / STEP)
-            layer.sampling.offset.bias.uniform_(-LOOK, LOOK)
+            column = _column(layer.after, edge, grid.high[2] - ground)
+            layer.move[-1].bias.copy_(((column - middle) / STEP).flatten())
+            looks = layer.sampling.offset.bias.view(-1, 3)
+            looks.uniform_(-LOOK, LOOK).mul_(spread)
+            middle, spread = column.mean(dim=0), torch.ones(3)
 
     def forward(self, clip: Clip, memory: Memory | None) -> tuple[Output, Memory]:
         """A clip that brings `config.frames` times is the window; a shorter one is completed from memory."""
@@ -327,11 +334,12 @@ class Opus(nn.Module):
                 f"{self.config.classes} on {self.config.grid}"
             )
         targets = [_Target.of(truth, lane) for lane in range(len(truth.labels))]
-        begin = self.config.grid.metres(self.queries.weight).expand(len(targets), -1, -1)
-        terms = {"points begin": _points_loss(begin, targets)[0]}
+        stray, terms = STRAY, {}
+        if self.config.as_published:
+            begin = self.config.grid.metres(self.queries.weight).expand(len(targets), -1, -1)
+            stray, terms = math.inf, {"points begin": _points_loss(begin, targets, math.inf)[0]}
         for k, (points, logits) in enumerate(zip(output.points, output.logits, strict=True)):
-            terms[f"points {k}"], met = _points_loss(points.flatten(1, 2), targets)
-            stray = math.inf if self.config.as_published else STRAY
+            terms[f"points {k}"], met = _points_loss(points.flatten(1, 2), targets, PULL if stray == STRAY else stray)
             terms[f"names {k}"] = _names_loss(logits.flatten(1, 2), points.detach().flatten(1, 2), targets, met, stray)
             if output.flow is not None:
                 terms[f"flow {k}"] = _flow_loss(output.flow[k].flatten(1, 2), targets, met)
@@ -456,6 +464,26 @@ class Layer(nn.Module):
         moved = centre[:, :, None] + STEP * self.move(query).view(b, q, self.after, 3)
         flow = None if self.flow is None else self.flow(query).view(b, q, self.after, 2)
         return query, grid.unit(moved), logits, flow
+
+
+def _even(count: int, long: float, wide: float) -> Tensor:
+    """`count` places spread evenly over a rectangle `long` by `wide`, row after row: (count, 2), fractions of it."""
+    rows = min(max(round(math.sqrt(count * long / wide)), 1), count)
+    filled = [count * (row + 1) // rows - count * row // rows for row in range(rows)]
+    return torch.tensor([((r + 0.5) / rows, (k + 0.5) / n) for r, n in enumerate(filled) for k in range(n)])
+
+
+def _column(count: int, edge: float, height: float) -> Tensor:
+    """`count` places spread evenly over a column of square base around 0, floor after floor from its foot: (count, 3) m."""
+    step = (edge * edge * height / count) ** (1 / 3) if height > 0 else math.inf
+    floors = min(max(round(height / step), 1), count)
+    filled = [-(-(count - k) // floors) for k in range(floors)]  # what is left over stands on the lowest
+    return torch.cat(
+        [
+            torch.cat([(_even(n, edge, edge) - 0.5) * edge, torch.full((n, 1), k * height / floors)], dim=1)
+            for k, n in enumerate(filled)
+        ]
+    )
 
 
 def _branch(channels: int, out: int) -> nn.Sequential:
@@ -595,11 +623,12 @@ class _Target:
         )
 
 
-def _points_loss(points: Tensor, targets: Sequence[_Target]) -> tuple[Tensor, list[Tensor]]:
+def _points_loss(points: Tensor, targets: Sequence[_Target], stray: float) -> tuple[Tensor, list[Tensor]]:
     """Points (B, P, 3) m -> the loss, and for each lane which voxel each of its points is nearest to, (P,) int64.
 
     Both ways: from every voxel to the point nearest to it, which draws points to what nobody tells yet, and from every
-    point to the voxel nearest to it. A lane whose truth is empty has nothing to say; its points meet nobody.
+    point to the voxel nearest to it, unless that is farther than `stray` m: what is nothing may be anywhere. A lane whose
+    truth is empty has nothing to say; its points meet nobody.
     """
     missed, strayed, voxels, count, met = [], [], 0, 0, []
     for mine, target in zip(points, targets, strict=True):
@@ -611,7 +640,8 @@ def _points_loss(points: Tensor, targets: Sequence[_Target]) -> tuple[Tensor, li
         far = away.detach().norm(dim=-1) > NEAR
         weight = torch.maximum(torch.where(far, target.far, 1.0), target.least)
         missed.append((weight * smooth_l1(away, BETA)).sum())
-        strayed.append(smooth_l1(mine - target.centre[to_voxel], BETA).sum())
+        off = mine - target.centre[to_voxel]
+        strayed.append((smooth_l1(off, BETA) * (off.detach().norm(dim=-1) <= stray)).sum())
         voxels, count = voxels + len(target.centre), count + len(mine)
         met.append(to_voxel)
     nothing = points.sum() * 0.0  # of the same graph: every process of a training has the same terms
@@ -630,7 +660,7 @@ def _names_loss(
     total, count = logits.sum() * 0.0, 0
     for mine, where, target, voxel in zip(logits, points, targets, met, strict=True):
         if len(voxel):
-            near = (where - target.centre[voxel]).norm(dim=-1) <= stray
+            near = (where - target.centre[voxel]).abs().amax(dim=-1) <= stray
             costs = focal(mine, torch.where(near, target.label[voxel], mine.shape[-1])) * target.weight
             total = total + (costs.sum(-1) * target.distance[voxel]).sum()
             count += len(voxel)
