@@ -57,7 +57,7 @@ def opus(
                 break
         return moment
 
-    if past == 0:
+    if past == 0 or count == 0:
         chosen = [now] * count
     elif rng is None:
         chosen = [record(min((k + 1) * (BETWEEN + 1) - 1, past - 1)) for k in range(count)]

@@ -12,8 +12,10 @@ Where we depart, always:
 Where `Config.as_published` is off (our own recipes), also:
 - the sampling rules of `ops.sample`, and a query that carries one point samples within its offsets in metres
   (as OPUS V2 does) instead of at one place;
-- a point that strays from every voxel is called nothing, where the authors call it after the nearest one;
-- weights begin on the ground and spread over the grid.
+- the queries stand on an even grid and their points begin spread over columns there (`_column`), so that to say
+  what is where is at first to name points, and only then to move them;
+- a point that strays from every voxel is called nothing, where the authors call it after the nearest one, and what no
+  camera sees counts little.
 Where `Config.flow` is on: every point also has a velocity.
 
 B batch, T time (newest first), N cameras, R rows of a camera's pyramid, Q queries, P points of a query, G groups,
@@ -45,12 +47,15 @@ STEP = 0.5  # m by which an output of one of the point branches moves a point (c
 
 # ---- losses (`opus_head.py`; the numbers stand there as defaults, not in the configs)
 POINTS_WEIGHT, NAMES_WEIGHT = 0.5, 2.0
-FLOW_WEIGHT = 0.25  # ours
+FLOW_WEIGHT = 0.05  # ours: at 0.25 its few points drown what the names' many say
 BETA = 0.2  # m, where the loss of a distance turns from a square into a line
 NEAR = 0.2  # m: a voxel that the camera sees and whose nearest point is farther away counts FAR_WEIGHT times
 FAR_WEIGHT, RARE_WEIGHT = 5.0, 10.0
-PULL = 0.8
-STRAY = 0.35  # m: ours: a point farther than this from the voxel nearest to it is told to be nothing
+# ours, where `Config.as_published` is off
+STRAY = 0.35  # m along any axis: a point farther than this from the voxel nearest to it is told to be nothing ...
+PULL = 0.8  # m: ... and farther than this it is not drawn there: what is nothing may be anywhere
+HIDDEN = 0.1  # weight of what no camera sees: three of four points of a street, and nobody can know them
+OUR_NAMES_WEIGHT = 8.0  # points begin spread over the whole box, so that names have more to say than places
 RARE = ("others", "bicycle", "construction_vehicle", "traffic_cone")  # seen, they count RARE_WEIGHT times at least
 NAME_WEIGHTS = {  # of a class's scores, whether they should be high or low
     "others": 10.0,
@@ -73,9 +78,8 @@ NAME_WEIGHTS = {  # of a class's scores, whether they should be high or low
 }
 
 # ---- where our own networks begin; the authors draw all at random, and train on millions of samples
-GROUND = 0.0  # m: the queries begin spread evenly over it ...
-HEIGHT = 0.3  # m: ... and their points around them, to their neighbours' and this far up and down
-LOOK = 3**0.5  # a query looks as far around as its points lie, in their spread (or in m where it has one point)
+GROUND = 0.0  # m: the foot of the columns over which points begin spread
+LOOK = 3**0.5  # a query looks as far around as its points lie, in their spread
 # of the occupied voxels of streets (96 keyframes of the synthetic world; `others` is a guess): a point's first name
 SHARES = {
     "others": 0.001,
@@ -149,17 +153,18 @@ PRESETS = {
     "demo": Config(
         128,
         352,
-        queries=600,
-        refines=(4, 16, 64),
-        samples=2,
+        queries=1225,
+        refines=(16, 48),
+        samples=8,
         backbone="efficientnet-lite0",
         levels=3,
         channels=96,
+        heads=4,
         mixed=16,
         hidden=192,
-        frames=4,
+        frames=2,
         dropout=0.0,
-        threshold=0.2,
+        threshold=0.3,
         flow=True,
         as_published=False,
         classes=OPENOCC.table,
@@ -256,7 +261,7 @@ class Opus(nn.Module):
 
     @torch.no_grad()
     def initialise(self, prior: float | None = None) -> None:
-        """Random weights as the authors draw them; our own networks begin on the ground, see GROUND, HEIGHT, SHARES.
+        """Random weights as the authors draw them; our own networks begin as even columns, see GROUND, LOOK, SHARES.
 
         prior: what every class scores before anything is learned; None: 0.01 as published, else each class its share.
         """
@@ -334,13 +339,14 @@ class Opus(nn.Module):
                 f"{self.config.classes} on {self.config.grid}"
             )
         targets = [_Target.of(truth, lane) for lane in range(len(truth.labels))]
-        stray, terms = STRAY, {}
-        if self.config.as_published:
+        published, terms = self.config.as_published, {}
+        if published:
             begin = self.config.grid.metres(self.queries.weight).expand(len(targets), -1, -1)
-            stray, terms = math.inf, {"points begin": _points_loss(begin, targets, math.inf)[0]}
+            terms["points begin"] = _points_loss(begin, targets, published)[0]
         for k, (points, logits) in enumerate(zip(output.points, output.logits, strict=True)):
-            terms[f"points {k}"], met = _points_loss(points.flatten(1, 2), targets, PULL if stray == STRAY else stray)
-            terms[f"names {k}"] = _names_loss(logits.flatten(1, 2), points.detach().flatten(1, 2), targets, met, stray)
+            points, logits = points.flatten(1, 2), logits.flatten(1, 2)
+            terms[f"points {k}"], met = _points_loss(points, targets, published)
+            terms[f"names {k}"] = _names_loss(logits, points.detach(), targets, met, published)
             if output.flow is not None:
                 terms[f"flow {k}"] = _flow_loss(output.flow[k].flatten(1, 2), targets, met)
         return terms
@@ -474,7 +480,7 @@ def _even(count: int, long: float, wide: float) -> Tensor:
 
 
 def _column(count: int, edge: float, height: float) -> Tensor:
-    """`count` places spread evenly over a column of square base around 0, floor after floor from its foot: (count, 3) m."""
+    """`count` places spread evenly over a column around 0, floor after floor from its foot: (count, 3) m."""
     step = (edge * edge * height / count) ** (1 / 3) if height > 0 else math.inf
     floors = min(max(round(height / step), 1), count)
     filled = [-(-(count - k) // floors) for k in range(floors)]  # what is left over stands on the lowest
@@ -591,8 +597,11 @@ def _distances(centre: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Target:
-    """The occupied voxels of one lane. V of them."""
+    """The occupied voxels of one lane, V of them, and what cameras see."""
 
+    grid: Grid
+    seen: Tensor  # (X, Y, Z) bool
+    visible: Tensor  # (V,) bool: `seen` of the occupied voxels
     centre: Tensor  # (V, 3) m
     label: Tensor  # (V,) int64
     flow: Tensor  # (V, 2) m/s; NaN where it is not known or the class does not move
@@ -613,6 +622,9 @@ class _Target:
         known = truth.flow[lane][where] if truth.flow is not None else torch.full_like(centre[:, :2], torch.nan)
         rare = torch.isin(label, label.new_tensor([classes.id(name) for name in RARE if name in classes.names]))
         return _Target(
+            grid=grid,
+            seen=truth.seen[lane],
+            visible=seen,
             centre=centre,
             label=label,
             flow=known.masked_fill(~moves[:, None], torch.nan),
@@ -623,12 +635,12 @@ class _Target:
         )
 
 
-def _points_loss(points: Tensor, targets: Sequence[_Target], stray: float) -> tuple[Tensor, list[Tensor]]:
+def _points_loss(points: Tensor, targets: Sequence[_Target], published: bool) -> tuple[Tensor, list[Tensor]]:
     """Points (B, P, 3) m -> the loss, and for each lane which voxel each of its points is nearest to, (P,) int64.
 
     Both ways: from every voxel to the point nearest to it, which draws points to what nobody tells yet, and from every
-    point to the voxel nearest to it, unless that is farther than `stray` m: what is nothing may be anywhere. A lane whose
-    truth is empty has nothing to say; its points meet nobody.
+    point to the voxel nearest to it (ours: within PULL). A lane whose truth is empty has nothing to say; its points
+    meet nobody.
     """
     missed, strayed, voxels, count, met = [], [], 0, 0, []
     for mine, target in zip(points, targets, strict=True):
@@ -639,9 +651,13 @@ def _points_loss(points: Tensor, targets: Sequence[_Target], stray: float) -> tu
         away = target.centre - mine[to_point]
         far = away.detach().norm(dim=-1) > NEAR
         weight = torch.maximum(torch.where(far, target.far, 1.0), target.least)
-        missed.append((weight * smooth_l1(away, BETA)).sum())
         off = mine - target.centre[to_voxel]
-        strayed.append((smooth_l1(off, BETA) * (off.detach().norm(dim=-1) <= stray)).sum())
+        drawn = torch.ones_like(off[:, 0])
+        if not published:
+            weight = torch.where(target.visible, weight, HIDDEN)
+            drawn = (off.detach().norm(dim=-1) <= PULL).to(off)
+        missed.append((weight * smooth_l1(away, BETA)).sum())
+        strayed.append((drawn * smooth_l1(off, BETA)).sum())
         voxels, count = voxels + len(target.centre), count + len(mine)
         met.append(to_voxel)
     nothing = points.sum() * 0.0  # of the same graph: every process of a training has the same terms
@@ -653,18 +669,24 @@ def _points_loss(points: Tensor, targets: Sequence[_Target], stray: float) -> tu
 
 
 def _names_loss(
-    logits: Tensor, points: Tensor, targets: Sequence[_Target], met: Sequence[Tensor], stray: float
+    logits: Tensor, points: Tensor, targets: Sequence[_Target], met: Sequence[Tensor], published: bool
 ) -> Tensor:
-    """Logits (B, P, K) of points (B, P, 3): each is called what the voxel is called that it is nearest to, or nothing
-    where that is farther than `stray` m."""
+    """Logits (B, P, K) of points (B, P, 3): each is called what the voxel is called that it is nearest to (ours: or
+    nothing, where that is farther than STRAY, and what no camera sees counts HIDDEN)."""
     total, count = logits.sum() * 0.0, 0
     for mine, where, target, voxel in zip(logits, points, targets, met, strict=True):
         if len(voxel):
-            near = (where - target.centre[voxel]).abs().amax(dim=-1) <= stray
-            costs = focal(mine, torch.where(near, target.label[voxel], mine.shape[-1])) * target.weight
-            total = total + (costs.sum(-1) * target.distance[voxel]).sum()
+            label, weight = target.label[voxel], target.distance[voxel]
+            if not published:
+                near = (where - target.centre[voxel]).abs().amax(dim=-1) <= STRAY
+                label = torch.where(near, label, mine.shape[-1])
+                index, inside = target.grid.index(where)
+                weight = torch.where(inside & target.seen[index.unbind(1)], weight, HIDDEN * weight)
+            costs = focal(mine, label) * target.weight
+            total = total + (costs.sum(-1) * weight).sum()
             count += len(voxel)
-    return NAMES_WEIGHT * total / mean_over_processes(logits.new_tensor(float(count)))
+    weight = NAMES_WEIGHT if published else OUR_NAMES_WEIGHT
+    return weight * total / mean_over_processes(logits.new_tensor(float(count)))
 
 
 def _flow_loss(flow: Tensor, targets: Sequence[_Target], met: Sequence[Tensor]) -> Tensor:

@@ -96,6 +96,12 @@ def test_opus_test_windows_are_the_published_ones_at_every_keyframe(request, whi
         assert [m.sample for m in window] == [world.samples(SCENE)[max(0, k - i)] for i in range(8)]
 
 
+def test_a_window_of_one_frame_is_the_keyframe(world):
+    for sample in world.samples(SCENE):
+        for rng in (None, np.random.default_rng(0)):
+            assert [m.sample for m in windows.opus(world, sample, frames=1, rng=rng)] == [sample]
+
+
 @pytest.mark.parametrize("which", ["world", "torn"])
 def test_opus_training_windows_are_the_published_ones_for_the_same_draw(request, which):
     world = request.getfixturevalue(which)

@@ -40,8 +40,9 @@ def slow_l1(d):
     return sum(0.5 * abs(x) ** 2 / 0.2 if abs(x) < 0.2 else abs(x) - 0.1 for x in d)
 
 
-def defined(points, logits, speeds, truth, stray):
+def defined(points, logits, speeds, truth, published):
     """(points, names, flow) of one layer: points (B, P, 3), logits (B, P, 17), speeds (B, P, 2)."""
+    points, logits, speeds = points.detach(), logits.detach(), speeds.detach()
     low, voxel = torch.tensor(truth.grid.low), torch.tensor(truth.grid.voxel)
     far_corner = math.hypot(truth.grid.size[0], truth.grid.size[1])
     missed = strayed = names = flow = 0.0
@@ -56,21 +57,26 @@ def defined(points, logits, speeds, truth, stray):
             seen = bool(truth.seen[b][tuple(w)])
             weight = 5.0 if seen and math.hypot(*d) > 0.2 else 1.0
             weight = max(weight, 10.0) if seen and labels[v] in (0, 2, 5, 8) else weight
+            weight = weight if seen or published else 0.1
             missed, voxels = missed + weight * slow_l1(d), voxels + 1
         for p in range(len(points[b])):
             v = int(distance[:, p].argmin())
-            near = distance[v, p].item() <= stray
-            strayed += slow_l1((points[b][p] - centre[v]).tolist()) if near else 0.0
+            d = (points[b][p] - centre[v]).tolist()
+            strayed += slow_l1(d) if published or math.hypot(*d) <= 0.8 else 0.0
+            inside = [math.floor((float(points[b][p][k]) - float(low[k])) / float(voxel[k])) for k in range(3)]
+            seen = all(0 <= i < n for i, n in zip(inside, truth.grid.shape)) and bool(truth.seen[b][tuple(inside)])
+            weight = 1.0 if seen or published else 0.1
             for c in range(17):
                 score = 1 / (1 + math.exp(-float(logits[b, p, c])))
-                right = near and labels[v] == c
+                right = labels[v] == c and (published or max(map(abs, d)) <= 0.35)
                 cost = 0.25 * (1 - score) ** 2 * -math.log(score) if right else 0.75 * score**2 * -math.log(1 - score)
-                names += WEIGHTS[c] * (1 + math.hypot(*centre[v, :2].tolist()) / far_corner) * cost
+                names += weight * WEIGHTS[c] * (1 + math.hypot(*centre[v, :2].tolist()) / far_corner) * cost
             true = truth.flow[b][tuple(where[v])]
             if labels[v] in OCC3D.moving_ids and bool(true.isfinite().all()):
                 flow, moving = flow + float((speeds[b, p] - true).abs().sum()), moving + 1
             count += 1
-    return 0.5 * (missed / voxels + strayed / count), 2.0 * names / count, opus.FLOW_WEIGHT * flow / max(moving, 1)
+    names *= 2.0 if published else 8.0
+    return 0.5 * (missed / voxels + strayed / count), names / count, opus.FLOW_WEIGHT * flow / max(moving, 1)
 
 
 @pytest.mark.parametrize("config", [CONFIG, PUBLISHED], ids=["ours", "as published"])
@@ -79,11 +85,10 @@ def test_every_term_is_what_its_definition_says(config, lanes):
     config = replace(config, queries=12, refines=(1, 3))
     system, truth, output = build(config), truth_of(config, lanes), output_of(config, lanes, flow=config.flow)
     terms = system.loss(output, truth)
-    stray = math.inf if config.as_published else 0.5
     for k in range(2):
         flow = torch.zeros_like(output.points[k][..., :2]) if output.flow is None else output.flow[k]
         parts = (output.points[k].flatten(1, 2), output.logits[k].flatten(1, 2), flow.flatten(1, 2))
-        points, names, speeds = defined(*parts, truth, stray)
+        points, names, speeds = defined(*parts, truth, config.as_published)
         assert terms[f"points {k}"].item() == pytest.approx(points, rel=1e-4)
         assert terms[f"names {k}"].item() == pytest.approx(names, rel=1e-4)
         if config.flow:
@@ -94,22 +99,36 @@ def test_every_term_is_what_its_definition_says(config, lanes):
         return
     begin = config.grid.metres(system.queries.weight).expand(lanes, -1, -1)
     assert terms["points begin"].item() == pytest.approx(
-        defined(begin, torch.zeros(lanes, 12, 17), torch.zeros(lanes, 12, 2), truth, stray)[0], rel=1e-4
+        defined(begin, torch.zeros(lanes, 12, 17), torch.zeros(lanes, 12, 2), truth, True)[0], rel=1e-4
     )
 
 
-def test_a_point_that_strays_from_every_voxel_learns_to_be_nothing():
-    config = replace(CONFIG, queries=1, refines=(2,))
+def test_a_point_that_strays_from_every_voxel_learns_to_be_nothing_and_is_drawn_nowhere():
+    config = replace(CONFIG, queries=1, refines=(3,))
     labels = torch.full((1, *config.grid.shape), 17, dtype=torch.uint8)
     labels[0, 10, 10, 4] = 4
     truth = Occupancy(config.grid, OCC3D, labels, None, torch.ones_like(labels, dtype=torch.bool))
     centre = config.grid.centres()[10, 10, 4]
-    points = torch.stack([centre, centre + torch.tensor([0.0, 0.0, 0.6])])[None, None]
-    logits = torch.zeros(1, 1, 2, 17, requires_grad=True)
-    output = opus.Output((points,), (logits,), None)
-    build(config).loss(output, truth)["names 0"].backward()
+    above = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.6], [0.0, 0.0, 0.9]])
+    points = (centre + above)[None, None].requires_grad_()
+    logits = torch.zeros(1, 1, 3, 17, requires_grad=True)
+    terms = build(config).loss(opus.Output((points,), (logits,), None), truth)
+    (terms["names 0"] + terms["points 0"]).backward()
     assert logits.grad[0, 0, 0, 4] < 0 < logits.grad[0, 0, 1, 4]  # the car's point, and the one above it
-    assert (logits.grad[0, 0, 1] > 0).all()
+    assert (logits.grad[0, 0, 1:] > 0).all()
+    assert points.grad[0, 0, 1, 2] > 0 == points.grad[0, 0, 2, 2]  # 0.6 m off is near enough to be drawn, 0.9 is not
+
+
+def test_what_no_camera_sees_says_little():
+    config = replace(CONFIG, queries=1, refines=(1,))
+    labels = torch.full((1, *config.grid.shape), 17, dtype=torch.uint8)
+    labels[0, 10, 10, 4] = 4
+    points, logits = config.grid.centres()[10, 10, 4][None, None, None] + 0.1, torch.zeros(1, 1, 1, 17)
+    said = []
+    for seen in (True, False):
+        truth = Occupancy(config.grid, OCC3D, labels, None, torch.full_like(labels, seen, dtype=torch.bool))
+        said.append(build(config).loss(opus.Output((points,), (logits,), None), truth)["names 0"])
+    assert said[1] == pytest.approx(0.1 * said[0])
 
 
 def test_the_class_weights_go_by_name_in_every_table():

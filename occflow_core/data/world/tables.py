@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def chain(rows: list[dict]) -> list[dict]:
 
 
 def write(folder: Path, fragments: Iterable[dict[str, list[dict]]], rig: Rig) -> None:
-    """All tables of the scenes' fragments, in their order, each written beside and renamed."""
+    """All tables of the scenes' fragments, in their order, each written beside and renamed; one that stands there as it
+    should be is left alone: others may be reading it, or finishing the same world."""
     merged: dict[str, list[dict]] = {name: [] for name in TABLES}
     merged.update(common(rig))
     for fragment in fragments:
@@ -95,6 +97,9 @@ def write(folder: Path, fragments: Iterable[dict[str, list[dict]]], rig: Rig) ->
     splits = {"world_train": names[: len(names) - held], "world_val": names[len(names) - held :]}
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in [*merged.items(), ("splits", splits)]:
-        beside = folder / f".{name}.part"
-        beside.write_text(json.dumps(rows, indent=0))
-        beside.rename(folder / f"{name}.json")
+        path, text = folder / f"{name}.json", json.dumps(rows, indent=0)
+        if path.is_file() and path.read_text() == text:
+            continue
+        beside = folder / f".{name}.{os.getpid()}.part"
+        beside.write_text(text)
+        beside.rename(path)

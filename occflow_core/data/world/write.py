@@ -55,7 +55,7 @@ def write_world(
     try:
         hidden.mkdir(parents=True, exist_ok=True)
         (hidden / "probe").write_text("")
-        (hidden / "probe").unlink()
+        (hidden / "probe").unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"cannot write a world to {out}: {error.strerror or error}") from error
     settings = {

@@ -343,8 +343,11 @@ def test_a_killed_run_leaves_nothing_broken_and_goes_on_to_equal_bytes(folder, t
     write_world(out, 1, processes=2, **ARGUMENTS)  # two processes share the scene
     assert digest(out) == digest(folder)
     monkeypatch.setattr(write, "make", killed)  # what is finished is not made again
+    times = {path: path.stat().st_mtime_ns for path in (out / "v1.0-world").iterdir()}
     write_world(out, 1, processes=1, **ARGUMENTS)
     assert digest(out) == digest(folder)
+    # nor are tables that others may be reading just now
+    assert times == {path: path.stat().st_mtime_ns for path in (out / "v1.0-world").iterdir()}
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
