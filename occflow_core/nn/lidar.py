@@ -37,7 +37,7 @@ class SparseConv(nn.Module):
 class SparseEncoder(nn.Module):
     """Voxels (M, C) in a grid of 41 x Y x X -> a map (B, 16 width, Y/8, X/8): SECOND's middle (Sensors 18(10), 2018).
 
-    As mmdet3d's `SparseEncoder` with basic blocks: four stages of 1, 2, 4 and 8 times `width` channels, each but the last
+    As mmdet3d's `SparseEncoder` with basic blocks: four stages of 1, 2, 4, 8 times `width` channels, each but the last
     thinned by 2 along all axes. Channel c at height h of the two that are left is channel 2 c + h of the map.
     """
 
