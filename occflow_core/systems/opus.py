@@ -29,14 +29,11 @@ from torch import Tensor, nn
 
 from ..geometry import OCC3D_GRID, Grid
 from ..nn import BACKBONES, FPN
+from ..nn.decoder import STEP, Layer, Output, losses, predictions, refined, targets
 from ..nn.instants import Memory, View, encode, remember
-from ..nn.points import Target, flow_loss, names_loss, points_loss
-from ..nn.queries import Attention, Mixing, branch
+from ..nn.points import points_loss
 from ..nn.starts import SHARES, columns
-from ..nn.voxels import decode
 from ..types import OCC3D, OPENOCC, Classes, Clip, Occupancy, Prediction
-
-STEP = 0.5  # m by which an output of one of the point branches moves a point (configs, `scales`)
 
 
 @dataclass(frozen=True)
@@ -150,15 +147,6 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Output:
-    """What every decoder layer says, first layer first; P differs from layer to layer."""
-
-    points: tuple[Tensor, ...]  # (B, Q, P, 3) m, car frame now
-    logits: tuple[Tensor, ...]  # (B, Q, P, K)
-    flow: tuple[Tensor, ...] | None  # (B, Q, P, 2) m/s over ground, car frame now
-
-
 class Opus(nn.Module):
     """Clips -> points with class scores (and velocities) -> occupancy. See `systems.base.System` for the contract."""
 
@@ -171,7 +159,8 @@ class Opus(nn.Module):
         self.neck = FPN(self.backbone.channels[-config.levels :], config.channels)
         self.queries = nn.Embedding(config.queries, 3)  # where each query begins, fractions of the grid's box
         before = (1, *config.refines[:-1])
-        self.layers = nn.ModuleList(Layer(config, *points) for points in zip(before, config.refines, strict=True))
+        looked = config.samples * config.frames
+        self.layers = nn.ModuleList(Layer(config, *p, looked) for p in zip(before, config.refines, strict=True))
         if not config.as_published:  # a column is not a guess that could be better
             self.queries.weight.requires_grad_(False)
         for name, values in zip(("mean", "std"), self.backbone.normal, strict=True):
@@ -206,15 +195,8 @@ class Opus(nn.Module):
         rows, sizes = encode(clip.images, clip.used, (self.mean, self.std), self.backbone, self.neck)
         windows, memory = remember(clip, rows, memory, config.frames)
         view = View.of(windows, sizes)
-        unit = self.queries.weight[None, :, None].expand(len(windows), -1, -1, -1)  # (B, Q, 1, 3)
-        query = unit.new_zeros(len(windows), config.queries, config.channels)
-        points, logits, flow = [], [], []
-        for layer in self.layers:
-            query, unit, named, moving = layer(query, unit.detach(), view)
-            points.append(config.grid.metres(unit))
-            logits.append(named)
-            flow.append(moving)
-        return Output(tuple(points), tuple(logits), tuple(flow) if config.flow else None), memory
+        begin = self.queries.weight.expand(len(windows), -1, -1)
+        return refined(self.layers, begin, view, config), memory
 
     def loss(self, output: Output, truth: Occupancy) -> dict[str, Tensor]:
         """Scalars to be added up: where the points of the queries begin, and of each layer where its points are, what
@@ -223,31 +205,15 @@ class Opus(nn.Module):
         Card of the authors' losses: `opus_head.loss_single` (arXiv 2409.09350, section 3.4). ValueError where the truth
         is told in another grid or in other classes.
         """
-        if (truth.grid, truth.classes) != (self.config.grid, self.config.table):
-            raise ValueError(
-                f"opus: the truth is told in {truth.classes.table} on {truth.grid}, the network speaks "
-                f"{self.config.classes} on {self.config.grid}"
-            )
-        targets = [Target.of(truth, lane) for lane in range(len(truth.labels))]
-        published, terms = self.config.as_published, {}
+        lanes, published, terms = targets(truth, self.config), self.config.as_published, {}
         if published:
-            begin = self.config.grid.metres(self.queries.weight).expand(len(targets), -1, -1)
-            terms["points begin"] = points_loss(begin, targets, published)[0]
-        for k, (points, logits) in enumerate(zip(output.points, output.logits, strict=True)):
-            points, logits = points.flatten(1, 2), logits.flatten(1, 2)
-            terms[f"points {k}"], met = points_loss(points, targets, published)
-            terms[f"names {k}"] = names_loss(logits, points.detach(), targets, met, published)
-            if output.flow is not None:
-                terms[f"flow {k}"] = flow_loss(output.flow[k].flatten(1, 2), targets, met)
-        return terms
+            begin = self.config.grid.metres(self.queries.weight).expand(len(lanes), -1, -1)
+            terms["points begin"] = points_loss(begin, lanes, published)[0]
+        return terms | losses(output, lanes, published)
 
-    @torch.no_grad()
     def decode(self, output: Output) -> list[Prediction]:
-        """One prediction a lane, from the last layer (`opus_head.get_occ`)."""
-        flow = [None] * len(output.points[-1]) if output.flow is None else output.flow[-1]
-        lanes = zip(output.points[-1], output.logits[-1], flow, strict=True)
-        config = self.config
-        return [decode(*lane, config.grid, config.table, config.threshold, config.closing) for lane in lanes]
+        """One prediction a lane."""
+        return predictions(output, self.config)
 
     def constants(self) -> dict[str, Tensor]:
         """The authors' buffers that say which grid their weights are for."""
@@ -258,82 +224,3 @@ class Opus(nn.Module):
             "pts_bbox_head.voxel_size": torch.tensor(grid.voxel),
             "pts_bbox_head.voxel_num": torch.tensor(grid.shape),
         }
-
-
-# ---- decoder --------------------------------------------------------------------------------------------------------
-
-
-class Layer(nn.Module):
-    """Look, mix, talk to the other queries, move and name the points."""
-
-    def __init__(self, config: Config, before: int, after: int):
-        super().__init__()
-        c, self.config, self.after = config.channels, config, after
-        self.position = nn.Sequential(
-            nn.Linear(3 * before, c), nn.LayerNorm(c), nn.ReLU(), nn.Linear(c, c), nn.LayerNorm(c), nn.ReLU()
-        )
-        self.sampling = Sampling(config)
-        self.mixing = Mixing(c, config.groups, config.samples * config.frames, config.mixed)
-        self.attention = Attention(c, config.heads, config.dropout)
-        self.feed = nn.Sequential(
-            *(nn.Linear(c, config.hidden), nn.ReLU(), nn.Dropout(config.dropout)),
-            *(nn.Linear(config.hidden, c), nn.Dropout(config.dropout)),
-        )
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(c), nn.LayerNorm(c), nn.LayerNorm(c)
-        self.name = nn.Sequential(
-            *(nn.Linear(c, c), nn.LayerNorm(c), nn.ReLU()),
-            *(nn.Linear(c, c), nn.LayerNorm(c), nn.ReLU()),
-            nn.Linear(c, after * len(config.table.names)),
-        )
-        self.move = branch(c, 3 * after)
-        self.flow = branch(c, 2 * after) if config.flow else None
-
-    @torch.no_grad()
-    def initialise(self, prior: Tensor) -> None:
-        self.sampling.initialise()
-        self.mixing.initialise()
-        self.attention.initialise()
-        self.name[-1].bias.copy_(prior.logit().repeat(self.after))
-
-    def forward(self, query: Tensor, unit: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries (B, Q, C) with points (B, Q, P, 3), fractions of the box -> both anew, logits, velocities or None."""
-        grid = self.config.grid
-        b, q, _, _ = unit.shape
-        points = grid.metres(unit)
-        centre = points.mean(dim=2)  # (B, Q, 3)
-        query = query + self.position(unit.flatten(2))
-        query = self.norm1(self.mixing(self.sampling(query, points, view), query))
-        query = self.norm2(self.attention(query, centre))
-        query = self.norm3(query + self.feed(query))
-        logits = self.name(query).view(b, q, self.after, -1)
-        moved = centre[:, :, None] + STEP * self.move(query).view(b, q, self.after, 3)
-        flow = None if self.flow is None else self.flow(query).view(b, q, self.after, 2)
-        return query, grid.unit(moved), logits, flow
-
-
-class Sampling(nn.Module):
-    """Where to look, and in which levels."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
-        self.offset = nn.Linear(config.channels, config.groups * config.samples * 3)
-        self.levels = nn.Linear(config.channels, config.groups * config.samples * config.levels)
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        nn.init.zeros_(self.offset.weight)
-        nn.init.uniform_(self.offset.bias, -0.5, 0.5)
-
-    def forward(self, query: Tensor, points: Tensor, view: View) -> Tensor:
-        """Queries (B, Q, C) with points (B, Q, P, 3) in metres -> (B, Q, G, T*S, C/G)."""
-        c = self.config
-        b, q, p, _ = points.shape
-        if p > 1:
-            spread = points.std(dim=2, keepdim=True)
-        else:  # the authors look at one place then; see the departures at the top
-            spread = torch.full_like(points, 0.0 if c.as_published else 1.0)
-        offset = self.offset(query).view(b, q, c.groups * c.samples, 3)
-        places = (points.mean(dim=2, keepdim=True) + offset * spread).view(b, q, c.groups, c.samples, 3)
-        weights = self.levels(query).view(b, q, c.groups, c.samples, c.levels).softmax(dim=-1)
-        return view.sample(places, weights, c.as_published)
