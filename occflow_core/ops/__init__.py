@@ -3,4 +3,5 @@
 from .nearest import nearest
 from .raycast import cast, swept
 from .sample import flatten_levels, sample
+from .sparse_conv import convolve, dense, regular_taps, submanifold_taps
 from .visibility import observed
