@@ -34,7 +34,8 @@ from ..nn.points import Target, flow_loss, names_loss, points_loss
 from ..nn.queries import Attention, Mixing, branch
 from ..nn.starts import SHARES, columns
 from ..nn.voxels import decode
-from ..types import OCC3D, OPENOCC, Classes, Clip, Occupancy, Prediction
+from ..types import OCC3D, OPENOCC, TABLES, Classes, Clip, Occupancy, Prediction
+from .base import OPUS_NAMES, opus_constants
 
 STEP = 0.5  # m by which an output of one of the point branches moves a point (configs, `scales`)
 
@@ -63,8 +64,8 @@ class Config:
     classes: str = OCC3D.table  # which table of classes
 
     def __post_init__(self):
-        if self.classes not in _TABLES:
-            raise ValueError(f"opus: classes must be one of {sorted(_TABLES)}, got {self.classes!r}")
+        if self.classes not in TABLES:
+            raise ValueError(f"opus: classes must be one of {sorted(TABLES)}, got {self.classes!r}")
         if self.backbone not in BACKBONES or not 1 <= self.levels <= 4:
             raise ValueError(
                 f"opus: expected 1 to 4 levels of one of {sorted(BACKBONES)}, got {self.levels} of {self.backbone!r}"
@@ -76,10 +77,8 @@ class Config:
 
     @property
     def table(self) -> Classes:
-        return _TABLES[self.classes]
+        return TABLES[self.classes]
 
-
-_TABLES = {classes.table: classes for classes in (OCC3D, OPENOCC)}
 
 PRESETS = {
     "tiny": Config(256, 704, queries=600, refines=(1, 4, 16, 32, 64, 128), samples=4),
@@ -124,29 +123,11 @@ PRESETS = {
 
 # The authors' parameter names -> ours (`systems.base.translate` says how to read it); None = known, dropped
 _LAYER = "pts_bbox_head.transformer.decoder.decoder_layers.#."
-NAMES = {
-    "img_backbone.": "backbone.",
-    "img_neck.lateral_convs.#.conv.": "neck.lateral.#.",
-    "img_neck.fpn_convs.#.conv.": "neck.output.#.",
+NAMES = OPUS_NAMES | {
     "pts_bbox_head.init_points.weight": "queries.weight",
-    "pts_bbox_head.pc_range": None,  # these four must equal `Opus.constants`
-    "pts_bbox_head.scene_size": None,
-    "pts_bbox_head.voxel_size": None,
-    "pts_bbox_head.voxel_num": None,
-    _LAYER + "position_encoder.": "layers.#.position.",
-    _LAYER + "self_attn.attention.attn.in_proj_weight": "layers.#.attention.taken.weight",
-    _LAYER + "self_attn.attention.attn.in_proj_bias": "layers.#.attention.taken.bias",
-    _LAYER + "self_attn.attention.attn.out_proj.": "layers.#.attention.out.",
-    _LAYER + "self_attn.gen_tau.": "layers.#.attention.reach.",
-    _LAYER + "sampling.sampling_offset.": "layers.#.sampling.offset.",
-    _LAYER + "sampling.scale_weights.": "layers.#.sampling.levels.",
     _LAYER + "mixing.parameter_generator.": "layers.#.mixing.matrices.",
     _LAYER + "mixing.out_proj.": "layers.#.mixing.out.",
-    _LAYER + "ffn.layers.0.0.": "layers.#.feed.0.",
-    _LAYER + "ffn.layers.1.": "layers.#.feed.3.",
-    _LAYER + "norm#.": "layers.#.norm#.",
     _LAYER + "cls_branch.": "layers.#.name.",
-    _LAYER + "reg_branch.": "layers.#.move.",
 }
 
 
@@ -251,13 +232,7 @@ class Opus(nn.Module):
 
     def constants(self) -> dict[str, Tensor]:
         """The authors' buffers that say which grid their weights are for."""
-        grid = self.config.grid
-        return {
-            "pts_bbox_head.pc_range": torch.tensor((*grid.low, *grid.high)),
-            "pts_bbox_head.scene_size": torch.tensor(grid.size),
-            "pts_bbox_head.voxel_size": torch.tensor(grid.voxel),
-            "pts_bbox_head.voxel_num": torch.tensor(grid.shape),
-        }
+        return opus_constants(self.config.grid)
 
 
 # ---- decoder --------------------------------------------------------------------------------------------------------
