@@ -64,7 +64,8 @@ class Target:
     weight: Tensor  # (K,) of each class's scores
 
     @staticmethod
-    def of(truth: Occupancy, lane: int) -> "Target":
+    def of(truth: Occupancy, lane: int, rare: Sequence[str] = RARE) -> "Target":
+        """rare: names of the classes whose voxels count RARE_WEIGHT times at least, where they are seen."""
         labels, classes, grid = truth.labels[lane], truth.classes, truth.grid
         index = (labels != classes.free).nonzero()
         where = index.unbind(1)
@@ -73,7 +74,7 @@ class Target:
         centre = centre + centre.new_tensor(grid.low)
         moves = torch.isin(label, label.new_tensor(classes.moving_ids))
         known = truth.flow[lane][where] if truth.flow is not None else torch.full_like(centre[:, :2], torch.nan)
-        rare = torch.isin(label, label.new_tensor([classes.id(name) for name in RARE if name in classes.names]))
+        is_rare = torch.isin(label, label.new_tensor([classes.id(name) for name in rare if name in classes.names]))
         return Target(
             grid=grid,
             seen=truth.seen[lane],
@@ -83,7 +84,7 @@ class Target:
             flow=known.masked_fill(~moves[:, None], torch.nan),
             distance=1 + centre[:, :2].norm(dim=-1) / math.hypot(*grid.size[:2]),
             far=torch.where(seen, FAR_WEIGHT, 1.0),
-            least=torch.where(seen & rare, RARE_WEIGHT, 1.0),
+            least=torch.where(seen & is_rare, RARE_WEIGHT, 1.0),
             weight=centre.new_tensor([NAME_WEIGHTS[name] for name in classes.names]),
         )
 

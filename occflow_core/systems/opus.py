@@ -33,7 +33,8 @@ from ..nn.decoder import STEP, Layer, Output, losses, predictions, refined, targ
 from ..nn.instants import Memory, View, encode, remember
 from ..nn.points import points_loss
 from ..nn.starts import SHARES, columns
-from ..types import OCC3D, OPENOCC, Classes, Clip, Occupancy, Prediction
+from ..types import OCC3D, OPENOCC, TABLES, Classes, Clip, Occupancy, Prediction
+from .base import OPUS_NAMES, opus_constants
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Config:
     classes: str = OCC3D.table  # which table of classes
 
     def __post_init__(self):
-        if self.classes not in _TABLES:
-            raise ValueError(f"opus: classes must be one of {sorted(_TABLES)}, got {self.classes!r}")
+        if self.classes not in TABLES:
+            raise ValueError(f"opus: classes must be one of {sorted(TABLES)}, got {self.classes!r}")
         if self.backbone not in BACKBONES or not 1 <= self.levels <= 4:
             raise ValueError(
                 f"opus: expected 1 to 4 levels of one of {sorted(BACKBONES)}, got {self.levels} of {self.backbone!r}"
@@ -73,10 +74,8 @@ class Config:
 
     @property
     def table(self) -> Classes:
-        return _TABLES[self.classes]
+        return TABLES[self.classes]
 
-
-_TABLES = {classes.table: classes for classes in (OCC3D, OPENOCC)}
 
 PRESETS = {
     "tiny": Config(256, 704, queries=600, refines=(1, 4, 16, 32, 64, 128), samples=4),
@@ -121,29 +120,11 @@ PRESETS = {
 
 # The authors' parameter names -> ours (`systems.base.translate` says how to read it); None = known, dropped
 _LAYER = "pts_bbox_head.transformer.decoder.decoder_layers.#."
-NAMES = {
-    "img_backbone.": "backbone.",
-    "img_neck.lateral_convs.#.conv.": "neck.lateral.#.",
-    "img_neck.fpn_convs.#.conv.": "neck.output.#.",
+NAMES = OPUS_NAMES | {
     "pts_bbox_head.init_points.weight": "queries.weight",
-    "pts_bbox_head.pc_range": None,  # these four must equal `Opus.constants`
-    "pts_bbox_head.scene_size": None,
-    "pts_bbox_head.voxel_size": None,
-    "pts_bbox_head.voxel_num": None,
-    _LAYER + "position_encoder.": "layers.#.position.",
-    _LAYER + "self_attn.attention.attn.in_proj_weight": "layers.#.attention.taken.weight",
-    _LAYER + "self_attn.attention.attn.in_proj_bias": "layers.#.attention.taken.bias",
-    _LAYER + "self_attn.attention.attn.out_proj.": "layers.#.attention.out.",
-    _LAYER + "self_attn.gen_tau.": "layers.#.attention.reach.",
-    _LAYER + "sampling.sampling_offset.": "layers.#.sampling.offset.",
-    _LAYER + "sampling.scale_weights.": "layers.#.sampling.levels.",
     _LAYER + "mixing.parameter_generator.": "layers.#.mixing.matrices.",
     _LAYER + "mixing.out_proj.": "layers.#.mixing.out.",
-    _LAYER + "ffn.layers.0.0.": "layers.#.feed.0.",
-    _LAYER + "ffn.layers.1.": "layers.#.feed.3.",
-    _LAYER + "norm#.": "layers.#.norm#.",
     _LAYER + "cls_branch.": "layers.#.name.",
-    _LAYER + "reg_branch.": "layers.#.move.",
 }
 
 
@@ -217,10 +198,4 @@ class Opus(nn.Module):
 
     def constants(self) -> dict[str, Tensor]:
         """The authors' buffers that say which grid their weights are for."""
-        grid = self.config.grid
-        return {
-            "pts_bbox_head.pc_range": torch.tensor((*grid.low, *grid.high)),
-            "pts_bbox_head.scene_size": torch.tensor(grid.size),
-            "pts_bbox_head.voxel_size": torch.tensor(grid.voxel),
-            "pts_bbox_head.voxel_num": torch.tensor(grid.shape),
-        }
+        return opus_constants(self.config.grid)

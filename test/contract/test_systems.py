@@ -56,11 +56,13 @@ def tensors(value) -> list[Tensor]:
 def apart(a, b) -> float:
     pairs = list(zip(tensors(a), tensors(b), strict=True))
     assert pairs
-    return max(float((x - y).abs().max()) for x, y in pairs)
+    return max(float((x - y).abs().max()) if x.shape == y.shape else float("inf") for x, y in pairs)
 
 
 def lane(output, b):
     """One lane of a batch of outputs."""
+    if hasattr(output, "lane"):  # what is not dense knows its lanes itself
+        return output.lane(b)
     if isinstance(output, Tensor):
         return output[b : b + 1]
     if is_dataclass(output):
