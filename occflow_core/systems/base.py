@@ -18,7 +18,9 @@ class System(Protocol):
     and `constants()` (the authors' buffers that must equal what our config says, by their names).
     """
 
-    config: Any  # its own frozen Config: height and width (pixels) of its pictures, grid, classes, as_published
+    # its own frozen Config: height and width (pixels) of its pictures, grid, classes, as_published; sweeps: how many
+    # LiDAR scans `clip.points` must hold, the newest and those before it (0: no LiDAR file is touched for the system)
+    config: Any
 
     def __call__(self, clip: Clip, memory: Any | None) -> tuple[Any, Any]:
         """(output, memory). Memory is the system's own frozen value, detached; None before the first clip."""

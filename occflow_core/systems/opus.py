@@ -23,6 +23,7 @@ S sampled points of a group and time, C channels, K classes.
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class Config:
     as_published: bool = True  # the authors' sampling rules, oddities included; their weights need them
     grid: Grid = field(default=OCC3D_GRID)  # where occupancy is told
     classes: str = OCC3D.table  # which table of classes
+    sweeps: ClassVar[int] = 0  # LiDAR scans: cameras alone
 
     def __post_init__(self):
         if self.classes not in TABLES:

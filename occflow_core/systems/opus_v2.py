@@ -27,6 +27,7 @@ time, C channels, D channels of a point's features, V voxels, K classes.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ class Config:
     as_published: bool = True  # the authors' rules, oddities included; their weights need them
     grid: Grid = field(default=OCC3D_GRID)  # where occupancy is told
     classes: str = OCC3D.table  # which table of classes
+    sweeps: ClassVar[int] = 0  # LiDAR scans: cameras alone
 
     def __post_init__(self):
         if self.classes not in TABLES:

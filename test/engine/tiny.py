@@ -10,6 +10,7 @@ import signal
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -44,6 +45,7 @@ class Config:
     grid: Grid = field(default=GRID)
     classes: str = OPENOCC.table
     as_published: bool = False
+    sweeps: ClassVar[int] = 0
 
     @property
     def table(self) -> Classes:
