@@ -51,7 +51,7 @@ SIZES = ((8, 12), (4, 6), (2, 3), (1, 2))
 
 
 def authors_tensors(config: opus_v2.Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the authors' V2 checkpoint: `models/opusv2/` at 216dc53, kernels as spconv 2.3 stores them."""
+    """Names and shapes of the authors' V2 checkpoint: `models/opusv2/` at 216dc53; kernels as spconv 2.3 has them."""
     tensors = small.authors_tensors(config)
     looks, k, cells = config.groups * config.samples, len(config.table.names), config.cells
     for i, after in enumerate(config.refines):
