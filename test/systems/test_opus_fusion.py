@@ -4,68 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from systems import small
 from systems.rig import drive, frame
+from systems.small_fusion import CONFIG, authors_checkpoint, authors_tensors, build
 
 from occflow_core.geometry import Grid
-from occflow_core.nn import BACKBONES, Second, SecondFPN, SparseEncoder
+from occflow_core.nn import BACKBONES
 from occflow_core.runtime import Model, Stream, convert, load
 from occflow_core.systems import opus_fusion
-from occflow_core.systems.base import load_strictly, seeded, translate
+from occflow_core.systems.base import load_strictly, translate
 from occflow_core.types import Clip
-
-CONFIG = opus_fusion.Config(
-    height=64,
-    width=96,
-    queries=60,
-    refines=(1, 4, 8),
-    samples=2,
-    mixed=18,
-    sweeps=3,
-    lidar_width=2,
-    backbone="resnet18-half",
-    channels=16,
-    hidden=32,
-    heads=4,
-    grid=Grid((-12.0, -10.0, -1.0), (1.0, 1.0, 0.8), (24, 20, 8)),
-)
-
-
-def build(config=CONFIG) -> opus_fusion.OpusFusion:
-    return seeded(opus_fusion.OpusFusion(config), 0).eval()
-
-
-def authors_tensors(config: opus_fusion.Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the authors' checkpoint: `models/opusv1_fusion` at 216dc53, mmdet3d v1.0.0rc6, spconv 2."""
-    shapes = {n: s for n, s in small.authors_tensors(config).items() if ".mixing." not in n and "init_points" not in n}
-    c, g, looked = config.channels, config.groups, config.samples * (config.frames + 1)
-    for i in range(len(config.refines)):
-        at = f"pts_bbox_head.transformer.decoder.decoder_layers.{i}.img_pts_mixing."
-        given = g * ((c // g) ** 2 + looked * config.mixed)
-        shapes |= {at + "parameter_generator.weight": (given, c), at + "parameter_generator.bias": (given,)}
-        shapes |= {at + "out_proj.weight": (c, c * config.mixed), at + "out_proj.bias": (c,)}
-    w = config.lidar_width
-    with torch.device("meta"):  # whose names are mmdet3d's: `test/nn/test_lidar.py`
-        parts = {
-            "pts_middle_encoder.": SparseEncoder(5, w),
-            "pts_backbone.": Second(16 * w, 8 * w),
-            "pts_neck.": SecondFPN(8 * w),
-        }
-    for prefix, part in parts.items():
-        shapes |= {prefix + name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
-    return shapes | {"final_conv.conv.weight": (c, 32 * w, 3, 3), "final_conv.conv.bias": (c,)}
-
-
-def authors_checkpoint(config: opus_fusion.Config, seed=0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, shape in authors_tensors(config).items():
-        whole = name.endswith("num_batches_tracked")
-        made[name] = torch.tensor(7) if whole else 0.1 * torch.randn(shape, generator=generator)
-        if name.endswith("running_var"):
-            made[name] = made[name].abs() + 0.5
-    return made | build(config).constants()
-
 
 # ---- weights
 
