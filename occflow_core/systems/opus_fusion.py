@@ -15,7 +15,8 @@ Where we depart, always:
   camera that is not used is never looked into;
 - no voxel of LiDAR points is left out, where the authors stop at 120,000 (90,000 in training);
 - ages count from the newest scan, so that its points begin the queries also where no camera is as new;
-- a scan that lacks earlier ones stands alone, where the authors repeat it as if it were nine more.
+- a scan that lacks earlier ones stands alone, where the authors repeat it as if it were nine more; and scans more than
+  REACH before it are left out, however many are asked for: a slow LiDAR's would be older than any the authors had.
 Where `Config.as_published` is off (our own recipes), also:
 - the sampling rules of `ops.sample`, cells of the map that tile the grid, and a query that carries one point samples
   within its offsets in metres instead of at one place;
@@ -44,6 +45,8 @@ from ..nn.voxels import CAP
 from ..types import OCC3D, TABLES, Classes, Clip, Occupancy, Prediction
 from .base import OPUS_NAMES, opus_constants
 
+REACH = 0.55  # s from the newest scan to the oldest: ten at nuScenes' 20 Hz, with one lost
+
 
 @dataclass(frozen=True)
 class Config:
@@ -53,7 +56,7 @@ class Config:
     refines: tuple[int, ...]  # points of a query after each decoder layer; as many layers as numbers
     samples: int  # points looked up per query, group and time, and in the map
     mixed: int  # points that the sampled ones are mixed into; published: as many, samples * (frames + 1)
-    sweeps: int = 10  # LiDAR scans: the newest and those before it
+    sweeps: int = 10  # LiDAR scans: the newest and those before it, as far as REACH
     lidar_width: int = 16  # channels of the finest LiDAR voxels; all other widths of that branch follow
     backbone: str = "resnet50"  # a word of `nn.BACKBONES`
     levels: int = 4  # of the pyramid: the backbone's coarsest maps, 4 reach down to stride 4
@@ -193,7 +196,8 @@ class OpusFusion(nn.Module):
         grid, age = self.config.grid, points[:, 4]
         if not len(points):
             raise ValueError("opus-fusion: a lane brings no LiDAR point; without a scan there is nothing to begin with")
-        ages = age.unique()[: self.config.sweeps]
+        ages = age.unique()  # of each scan, the newest first
+        ages = ages[ages - ages[0] <= REACH][: self.config.sweeps]
         place, low, high = points[:, :3], points.new_tensor(grid.low), points.new_tensor(grid.high)
         kept = (age <= ages[-1]) & ((place > low) & (place < high)).all(-1)
         return torch.cat([points[:, :4], (age - ages[0])[:, None]], dim=1)[kept]

@@ -80,6 +80,10 @@ def test_ages_count_from_the_newest_scan_and_older_ones_than_asked_for_are_left_
         scans = system._scans(points)
         assert scans[:, 4].unique().tolist() == pytest.approx([0.0, 0.05]) and scans[0, 4] == 0
         assert len(scans) == 600
+    slow = now.points.clone()
+    slow[:, 4] *= 8.0  # scans of 2.5 Hz: the third is 0.8 s old
+    assert system._scans(slow)[:, 4].unique().tolist() == pytest.approx([0.0, 0.4])
+    assert build(replace(CONFIG, sweeps=9))._scans(slow)[:, 4].amax() == pytest.approx(0.4)
     outside = now.points.clone()
     outside[5, 2] = 5.5  # above the grid
     outside[6, 0] = -12.0  # on its border
