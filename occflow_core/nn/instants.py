@@ -41,7 +41,7 @@ class Memory:
 def encode(
     images: Tensor, used: Tensor, normal: tuple[Tensor, Tensor], backbone: nn.Module, neck: nn.Module
 ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-    """Pictures (B, T, N, 3, H, W) uint8 -> pyramids (B, T, N, R, C) and the sizes (H_l, W_l) of their levels.
+    """Pictures (B, T, N, 3, H, W) uint8 -> pyramids (B, T, N, R, C) float32, also under autocast, and their levels' sizes.
 
     used (B, T, N) bool. normal: mean and deviation of each colour, (3, 1, 1) each. The neck takes as many of the
     backbone's coarsest maps as it has levels.
@@ -51,7 +51,7 @@ def encode(
     pictures = pictures * used.flatten()[:, None, None, None]  # in training, batch norm looks at all
     maps = backbone(pictures.contiguous(memory_format=torch.channels_last))
     rows, sizes = ops.flatten_levels(neck(maps[-len(neck.lateral) :]))
-    return rows.unflatten(0, images.shape[:3]), sizes
+    return rows.float().unflatten(0, images.shape[:3]), sizes
 
 
 def remember(clip: Clip, rows: Tensor, memory: Memory | None, frames: int) -> tuple[list[list[Entry]], Memory]:
@@ -121,6 +121,14 @@ class View:
 
     def sample(self, points: Tensor, weights: Tensor, as_published: bool) -> Tensor:
         """Features (B, Q, G, T*S, C) of points (B, Q, G, S, 3) in metres, levels weighed by (B, Q, G, S, L)."""
-        return ops.sample(
-            self.rows, self.sizes, self.picture, self.pixels_from_now, self.used, points, weights, as_published
-        )
+        with torch.autocast(points.device.type, enabled=False):  # half a number is no place in a picture
+            return ops.sample(
+                self.rows,
+                self.sizes,
+                self.picture,
+                self.pixels_from_now,
+                self.used,
+                points.to(self.pixels_from_now),
+                weights.to(self.pixels_from_now),
+                as_published,
+            )
