@@ -1,5 +1,8 @@
 """Recipes: functions that return a complete Run. Installed as the package `occflow_recipes`."""
 
 from .demo import demo
+from .opus_v2 import opus_v2_large, opus_v2_medium, opus_v2_small, opus_v2_tiny, opus_v2_world
 
-RECIPES = {"demo": demo}
+RECIPES = {
+    made.__name__: made for made in (demo, opus_v2_tiny, opus_v2_small, opus_v2_medium, opus_v2_large, opus_v2_world)
+}
