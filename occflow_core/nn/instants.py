@@ -41,10 +41,10 @@ class Memory:
 def encode(
     images: Tensor, used: Tensor, normal: tuple[Tensor, Tensor], backbone: nn.Module, neck: nn.Module
 ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-    """Pictures (B, T, N, 3, H, W) uint8 -> pyramids (B, T, N, R, C) float32, also under autocast, and their levels' sizes.
+    """Pictures (B, T, N, 3, H, W) uint8 -> pyramids (B, T, N, R, C) and the sizes (H_l, W_l) of their levels.
 
-    used (B, T, N) bool. normal: mean and deviation of each colour, (3, 1, 1) each. The neck takes as many of the
-    backbone's coarsest maps as it has levels.
+    Pyramids are float32, under autocast too. used (B, T, N) bool. normal: mean and deviation of each colour, (3, 1, 1)
+    each. The neck takes as many of the backbone's coarsest maps as it has levels.
     """
     mean, deviation = normal
     pictures = (images.flatten(0, 2) - mean) / deviation
