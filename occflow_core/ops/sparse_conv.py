@@ -105,10 +105,16 @@ class _Convolve(torch.autograd.Function):
 
 def _gather(features: Tensor, taps: Tensor, matrices: Tensor) -> Tensor:
     """Sum over the taps of the rows that they meet, each through the tap's matrix."""
-    padded = _with_nothing(features)
     total = features.new_zeros(
         taps.shape[1], matrices.shape[2], dtype=torch.promote_types(features.dtype, torch.float32)
     )
+    if features.device.type == "cpu" and not torch.compiler.is_compiling():
+        # most taps meet nothing, and only those that do are worked on
+        for rows, matrix in zip(taps, matrices, strict=True):
+            meets = (rows < features.shape[0]).nonzero()[:, 0]
+            total.index_add_(0, meets, (features[rows[meets]] @ matrix).to(total.dtype))
+        return total.to(features.dtype)
+    padded = _with_nothing(features)  # elsewhere sizes that depend on the data cost more than they save
     for k in range(matrices.shape[0]):
         total = total + padded[taps[k]] @ matrices[k]
     return total.to(features.dtype)
