@@ -1,7 +1,8 @@
 """A very small system with a memory, a dropout and a batch norm, a data set to train it on, and its command line.
 
-Run as a program, under torchrun too: python test/engine/tiny.py MODEL OUT ROOT field=value ..., where MODEL is "tiny"
-or "opus". DIES=RANK:STEP in the environment takes that process away after that step, as a power cut would, once.
+Run as a program, under torchrun too: python test/engine/tiny.py MODEL OUT ROOT field=value ..., where MODEL is "tiny",
+"opus" or "opus-v2". DIES=RANK:STEP in the environment takes that process away after that step, as a power cut would,
+once.
 """
 
 import json
@@ -21,7 +22,7 @@ if __name__ == "__main__":
     sys.path[0] = str(TEST)
 
 from data import layout  # noqa: E402
-from systems import small  # noqa: E402
+from systems import small, small_v2  # noqa: E402
 
 from occflow_core.data.nuscenes import NuScenes  # noqa: E402
 from occflow_core.engine import Data, Optimise, Run  # noqa: E402
@@ -127,8 +128,10 @@ def world(root: Path, scenes: int = 3, keyframes: int = 7) -> Path:
 
 def run(root: Path, model: str = "tiny") -> Run:
     return Run(
-        model={"tiny": "tiny-preset", "opus": "opus-nano"}[model],
-        config=Config() if model == "tiny" else replace(small.CONFIG, grid=OPUS_GRID, classes=OPENOCC.table),
+        model={"tiny": "tiny-preset", "opus": "opus-nano", "opus-v2": "opus-v2-nano"}[model],
+        config=Config()
+        if model == "tiny"
+        else replace({"opus": small, "opus-v2": small_v2}[model].CONFIG, grid=OPUS_GRID, classes=OPENOCC.table),
         data=Data(root=root, parts=1, cache=0.1),
         optimise=Optimise(rate=1e-2, rates=(("backbone.*", 0.5),), warm_up=4, average=0.9),
         steps=12,
