@@ -80,11 +80,11 @@ class Stream:
 
 
 def _made_up_points(config) -> Tensor:
-    """As many points in the grid as a LiDAR of 32 beams has in the scans that the config wants."""
-    count = 30_000 * config.sweeps
-    unit = torch.rand(count, 5, generator=torch.Generator().manual_seed(0))
-    place = config.grid.metres(unit[:, :3])
-    return torch.cat([place, 255 * unit[:, 3:4], 0.05 * (unit[:, 4:] * config.sweeps).floor()], dim=1)
+    """As many points as a LiDAR of 32 beams has in the scans that the config wants, each scan at the same places."""
+    unit = torch.rand(30_000, 4, generator=torch.Generator().manual_seed(0))
+    scan = torch.cat([config.grid.metres(unit[:, :3]), 255 * unit[:, 3:]], dim=1)
+    age = 0.05 * torch.arange(config.sweeps).repeat_interleave(len(scan))
+    return torch.cat([scan.repeat(config.sweeps, 1), age[:, None]], dim=1)
 
 
 def _finite(output) -> bool:
