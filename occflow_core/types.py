@@ -80,6 +80,13 @@ OPENOCC = _classes(
     "car truck trailer bus construction_vehicle bicycle motorcycle pedestrian traffic_cone barrier "
     "driveable_surface other_flat sidewalk terrain manmade vegetation",
 )
+# OpenOccupancy (arXiv 2303.03991): its labels less one, and its 0, which is noise, free
+OPENOCCUPANCY = _classes(
+    "openoccupancy",
+    "barrier bicycle bus car construction_vehicle motorcycle pedestrian traffic_cone trailer truck "
+    "driveable_surface other_flat sidewalk terrain manmade vegetation",
+)
+TABLES = {classes.table: classes for classes in (OCC3D, OPENOCC, OPENOCCUPANCY)}
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from .geometry import Grid
-from .types import OCC3D, OPENOCC, Classes, Prediction
+from .types import TABLES, Classes, Prediction
 
 NO_IMAGE = -(2**31)  # camera_age_us of a camera without an image
-TABLES = {classes.table: classes for classes in (OCC3D, OPENOCC)}
 
 
 def definitions() -> dict[str, str]:

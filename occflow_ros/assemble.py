@@ -8,6 +8,7 @@ are never mixed. The cost of an image is O(open sets).
 """
 
 import threading
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import torch
 from occflow_core.geometry import Cameras, rigid
 from occflow_core.types import NANO, Frame
 
+KEEP_SCANS = 2.0  # s of scans that wait for sets which come late
 OPEN_SETS = 3  # more would mean that images arrive three periods late: such sets have passed their deadline
 
 
@@ -195,6 +197,63 @@ class Mailbox:
 
 
 @dataclass(frozen=True)
+class Cloud:
+    """One scan as it came."""
+
+    points: np.ndarray  # (P, 4 or more) float32: x y z (m, in `frame`), intensity
+    frame: str  # TF name
+    stamp: int  # ns
+
+
+class Scans:
+    """The latest scans of one LiDAR. Thread-safe: a callback adds, the worker takes."""
+
+    def __init__(
+        self,
+        topic: str,  # where they come from, for what is said
+        count: int,  # scans that a set gets: the newest and those before it
+        period: float,  # s from scan to scan
+        gap: float = 0.5,  # s: a set whose newest scan is older than this has none
+        jump: float = 1.0,  # s: a stamp that goes back by more means that the clock was turned back
+    ):
+        if count < 1 or period <= 0 or gap <= 0:
+            raise ValueError(f"scans need count >= 1 (got {count}), period and gap > 0 (got {period}, {gap})")
+        self.topic, self.count, self.gap = topic, count, gap
+        self._period, self._jump = round(period * NANO), round(jump * NANO)
+        self._kept = count + round(KEEP_SCANS / period)
+        self._clouds: list[Cloud] = []  # oldest first
+        self._condition = threading.Condition()
+
+    def add(self, cloud: Cloud) -> None:
+        with self._condition:
+            if self._clouds and cloud.stamp < self._clouds[-1].stamp - self._jump:
+                self._clouds.clear()
+            self._clouds = [other for other in self._clouds if other.stamp != cloud.stamp]
+            insort(self._clouds, cloud, key=lambda c: c.stamp)
+            del self._clouds[: -self._kept]
+            self._condition.notify_all()
+
+    def take(self, stamp: int, timeout: float) -> list[Cloud]:
+        """The scans of a set at `stamp` ns, the newest first; none where the newest is older than the gap.
+
+        A scan may be half a period ahead: its stamp can be that of its end. Where the newest is older than a period,
+        up to `timeout` s (steady clock) are waited for the next.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: self._before(stamp, self._period), timeout)
+            return self._before(stamp, round(self.gap * NANO))
+
+    def newest(self) -> int | None:
+        """The stamp of the newest scan, ns."""
+        with self._condition:
+            return self._clouds[-1].stamp if self._clouds else None
+
+    def _before(self, stamp: int, gap: int) -> list[Cloud]:
+        there = [cloud for cloud in reversed(self._clouds) if cloud.stamp <= stamp + self._period // 2]
+        return there[: self.count] if there and there[0].stamp >= stamp - gap else []
+
+
+@dataclass(frozen=True)
 class Calibration:
     """One camera's picture size and intrinsics, as its CameraInfo gave them."""
 
@@ -219,6 +278,7 @@ def frame_of(
     mounts: Sequence[torch.Tensor | None],  # base_from_camera at each camera's stamp
     poses: Sequence[torch.Tensor | None],  # world_from_base at each camera's stamp
     world_from_car: torch.Tensor,  # (4, 4) float64 at the set's stamp
+    points: torch.Tensor | None = None,  # as Frame has them
 ) -> Frame:
     """The Frame of a set whose pictures are decoded and whose transforms are known.
 
@@ -243,4 +303,5 @@ def frame_of(
         world_from_car=world_from_car,
         drive=f"lap {images.lap}",
         names=tuple(names),
+        points=points,
     )

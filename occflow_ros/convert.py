@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from occflow_core import voxelflow
+from occflow_core import pointcloud, voxelflow
 from occflow_core.geometry import rigid
 from occflow_core.types import NANO, Prediction
 
-from .assemble import Calibration
+from .assemble import Calibration, Cloud
 
 # encoding -> (bytes a pixel, how its channels become RGB)
 RAW_ENCODINGS = {
@@ -109,6 +109,22 @@ def compressed_picture(message) -> Picture:
     if not (0 < height <= LARGEST and 0 < width <= LARGEST):
         raise Refused("impossible size", f"a picture of {width} x {height} pixels")
     return Picture(data, encoding, height, width, 0)
+
+
+def cloud(message) -> Cloud:
+    """sensor_msgs/PointCloud2 -> Cloud. Refused where nobody could say what its points are, where and when."""
+    frame, stamp = message.header.frame_id.lstrip("/"), nanoseconds(message.header.stamp)
+    if not frame:
+        raise Refused("no frame", "a cloud without frame_id: no transform can tell where it lies")
+    if stamp <= 0:
+        raise Refused("no stamp", "a cloud without a stamp, expected that of its scan")
+    try:
+        points = pointcloud.read(message)
+    except ValueError as error:
+        raise Refused("unusable cloud", str(error)) from None
+    if not len(points):
+        raise Refused("empty cloud", f"a cloud of {message.height} x {message.width} points, none of them finite")
+    return Cloud(points, frame, stamp)
 
 
 def _decode_jpeg(data: np.ndarray, out: np.ndarray) -> None:

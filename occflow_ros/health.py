@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 OK, WARN, ERROR, STALE = range(4)  # levels of diagnostic_msgs/DiagnosticStatus
+LIDAR = "LiDAR"  # its name among the cameras'
 WINDOW = 300  # latest values kept for rates and percentiles
 
 
@@ -24,13 +25,20 @@ class Status:
 
 
 class Health:
-    def __init__(self, cameras: Sequence[str], model_name: str, quiet: float = 2.0):  # s of silence that is a fault
+    def __init__(
+        self,
+        cameras: Sequence[str],
+        model_name: str,
+        quiet: float = 2.0,  # s of silence that is a fault
+        lidar: bool = False,  # whether the model needs one: it is told of under the name LIDAR
+    ):
         self.cameras, self.model_name, self.quiet = tuple(cameras), model_name, quiet
+        self.sensors = (*self.cameras, LIDAR) if lidar else self.cameras
         self.active = True  # an inactive node is silent on purpose
         self._lock = threading.Lock()
-        self._arrivals: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in cameras}
+        self._arrivals: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in self.sensors}
         self._used: dict[str, float] = {}
-        self._drops: dict[str, Counter[str]] = {name: Counter() for name in (*cameras, "sets")}
+        self._drops: dict[str, Counter[str]] = {name: Counter() for name in (*self.sensors, "sets")}
         self._latest_drop: dict[str, str] = {}
         self._latencies: dict[str, deque[float]] = {}
         self._counts: Counter[str] = Counter()
@@ -38,16 +46,17 @@ class Health:
         self._served: float | None = None
 
     def image(self, camera: str, now: float) -> None:
+        """An image of a camera, or a scan of the LiDAR, came and can be used as far as anybody knows."""
         with self._lock:
             self._arrivals[camera].append(now)
 
     def used(self, camera: str, now: float) -> None:
-        """An image of this camera went into an output: arriving is not enough."""
+        """An image of this camera, or the LiDAR's scan, went into an output: arriving is not enough."""
         with self._lock:
             self._used[camera] = now
 
     def dropped(self, what: str, reason: str, sentence: str = "") -> None:
-        """Counts a loss; `what` is a camera's name or "sets". The sentence, if any, is shown with the counts."""
+        """Counts a loss; `what` is a camera's name, LIDAR or "sets". The sentence, if any, is shown with the counts."""
         with self._lock:
             self._drops[what][reason] += 1
             if sentence:
@@ -95,9 +104,9 @@ class Health:
             return dict(self._counts)
 
     def report(self, now: float) -> list[Status]:
-        """One status for the whole, one a camera."""
+        """One status for the whole, one a camera, one for the LiDAR where it is needed."""
         with self._lock:
-            statuses = [self._camera(name, now) for name in self.cameras]
+            statuses = [self._sensor(name, now) for name in self.sensors]
             silent = [s.name for s in statuses if s.level != OK]
             values: dict[str, object] = {"model": self.model_name, **self._counts}
             values |= {f"sets dropped: {reason}": n for reason, n in self._drops["sets"].items()}
@@ -117,7 +126,8 @@ class Health:
             level, message = OK, "running"
         return [Status("occupancy", level, message, values), *statuses]
 
-    def _camera(self, name: str, now: float) -> Status:
+    def _sensor(self, name: str, now: float) -> Status:
+        thing = "scan" if name == LIDAR else "image"
         arrivals, used = self._arrivals[name], self._used.get(name)
         values: dict[str, object] = {f"dropped: {reason}": n for reason, n in self._drops[name].items()}
         if arrivals:
@@ -127,11 +137,11 @@ class Health:
         if not self.active:
             return Status(name, OK, "inactive", values)
         if not arrivals:
-            return Status(name, WARN, f"no image yet{self._why(name)}", values)
+            return Status(name, WARN, f"no {thing} yet{self._why(name)}", values)
         if now - arrivals[-1] > self.quiet:
-            return Status(name, ERROR, f"no image for {now - arrivals[-1]:.1f} s{self._why(name)}", values)
+            return Status(name, ERROR, f"no {thing} for {now - arrivals[-1]:.1f} s{self._why(name)}", values)
         if used is None or now - used > self.quiet:
-            return Status(name, ERROR, f"images come, none of them can be used{self._why(name)}", values)
+            return Status(name, ERROR, f"{thing}s come, none of them can be used{self._why(name)}", values)
         return Status(name, OK, "running", values)
 
     def _why(self, what: str) -> str:

@@ -29,10 +29,10 @@ from visualization_msgs.msg import MarkerArray
 from occflow_core.runtime import Stream, load
 
 from . import convert, parameters
-from .assemble import Calibration, Collector, ImageSet, Mailbox, Shot
+from .assemble import Calibration, Collector, ImageSet, Mailbox, Scans, Shot
 from .convert import Refused
 from .frames import TransformBuffer
-from .health import Health
+from .health import LIDAR, Health
 from .parameters import ParameterProblem, Settings
 from .pipeline import Pipeline, Served
 
@@ -48,7 +48,8 @@ class Letter:
 
 
 class OccupancyNode(LifecycleNode):
-    """Six cameras in, `~/occupancy`, `~/points`, `~/markers` and `/diagnostics` out."""
+    """Six cameras (and a LiDAR, where the model needs one) in, `~/occupancy`, `~/points`, `~/markers` and
+    `/diagnostics` out."""
 
     def __init__(self, **arguments):
         super().__init__("occflow", **arguments)
@@ -61,7 +62,7 @@ class OccupancyNode(LifecycleNode):
 
     def _reset(self) -> None:
         self._configured, self._activated = [], []  # what to destroy at cleanup, at deactivate
-        self._model = self._stream = self._collector = self._transforms = None
+        self._model = self._stream = self._collector = self._transforms = self._scans = None
         self._calibrations: list[Calibration | None] = []
 
     # ---- lifecycle
@@ -106,7 +107,8 @@ class OccupancyNode(LifecycleNode):
         self._model = load(s.model, s.weights or None, device=_device(s.device))
         self._stream = Stream(self._model, longest_gap=s.longest_gap)
         self._stream.warm_up(s.cameras)
-        self.health = Health(s.cameras, self._model.name, quiet=max(2.0, 3.0 / s.camera_rate))
+        sweeps = self._model.system.config.sweeps
+        self.health = Health(s.cameras, self._model.name, max(2.0, 3.0 / s.camera_rate), lidar=sweeps > 0)
         self.health.active = False
         self._transforms = TransformBuffer(jump=s.clock_jump)
         self._calibrations = [None] * len(s.cameras)
@@ -141,6 +143,8 @@ class OccupancyNode(LifecycleNode):
             s.clock_jump,
         )
         self._mailbox = Mailbox()
+        sweeps = self._model.system.config.sweeps
+        self._scans = Scans(s.lidar_topic, sweeps, 1.0 / s.lidar_rate, s.lidar_gap, s.clock_jump) if sweeps else None
         pipeline = Pipeline(
             s.cameras,
             [c.image_topic for c in s.camera],
@@ -152,18 +156,22 @@ class OccupancyNode(LifecycleNode):
             s.tf_wait,
             s.min_cameras,
             self._say,
+            self._scans,
         )
         self._worker = threading.Thread(target=self._work, args=(pipeline, self._mailbox), name="worker")
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
             kind = CompressedImage if c.compressed else Image
             self._listen(self._activated, kind, c.image_topic, self._on_image, self._image_qos(), camera, name)
+        if self._scans is not None:
+            self._listen(self._activated, PointCloud2, s.lidar_topic, self._on_cloud, self._image_qos())
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._deadlines = self.create_timer(s.set_deadline / POLLS, self._guarded(self._poll), clock=steady)
         self._deadlines.cancel()
         self._activated.append((self.destroy_timer, self._deadlines))
         self._worker.start()
         self.health.active = True
-        self.get_logger().info(f"active: waiting for images on {', '.join(c.image_topic for c in s.camera)}")
+        scans = "" if self._scans is None else f", for scans on {s.lidar_topic}"
+        self.get_logger().info(f"active: waiting for images on {', '.join(c.image_topic for c in s.camera)}{scans}")
 
     def _on_set_parameters(self, changes: list[Parameter]) -> SetParametersResult:
         """Parameters are read at configure: a change that would change nothing is refused, with the way to do it."""
@@ -257,6 +265,14 @@ class OccupancyNode(LifecycleNode):
             self.health.count("clock jumps")
             self._say("lap", "stamps went back: open sets and memory are forgotten, a new lap begins")
 
+    def _on_cloud(self, message: PointCloud2) -> None:
+        try:
+            self._scans.add(convert.cloud(message))
+        except Refused as refused:
+            self._refuse(LIDAR, self._scans.topic, refused)
+            return
+        self.health.image(LIDAR, time.monotonic())
+
     def _on_info(self, message: CameraInfo, camera: int, name: str) -> None:
         settings = self.settings.camera[camera]
         try:
@@ -331,6 +347,8 @@ class OccupancyNode(LifecycleNode):
         for name, shot in zip(self.settings.cameras, served.images.pictures, strict=True):
             if shot is not None:
                 self.health.used(name, now)
+        if self._scans is not None:
+            self.health.used(LIDAR, now)  # without a scan no set is served
 
     def _publish(self, served: Served) -> None:
         s, images, prediction = self.settings, served.images, served.prediction

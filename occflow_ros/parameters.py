@@ -45,6 +45,13 @@ class Settings:
     clock_jump: float = _parameter(1.0, "s; stamps that go back by more begin a new lap: memory is forgotten", 0.1, 60)
     longest_gap: float = _parameter(2.0, "s between two sets after which memory is forgotten", 0.1, 60)
     tf_wait: float = _parameter(0.1, "s that a set may wait for its transforms", 0, 5)
+    lidar_topic: str = _parameter(
+        "/lidar_top/points", "PointCloud2 of the LiDAR; heard only for models that need it (opus-fusion)"
+    )
+    lidar_rate: float = _parameter(20.0, "Hz of the LiDAR's scans", 0.1, 100)
+    lidar_gap: float = _parameter(
+        0.5, "s; a set whose newest scan is older is dropped and counted, where the model needs LiDAR", 0.01, 5
+    )
     moving_speed: float = _parameter(0.2, "m/s; slower voxels are published without a velocity", 0, 10)
     reliable_images: bool = _parameter(False, "true: reliable image subscriptions; false: best effort (sensor data)")
     diagnostics_period: float = _parameter(1.0, "s between two messages on /diagnostics, by the steady clock", 0.1, 60)
@@ -92,16 +99,18 @@ def read(node) -> Settings:
     from rclpy.exceptions import InvalidTopicNameException
     from rclpy.validate_topic_name import validate_topic_name
 
+    named = [("lidar_topic", values["lidar_topic"])]
     for kind in ("image_topic", "info_topic"):
         topics = [getattr(c, kind) for c in cameras]
         if len(set(topics)) != len(topics):
             raise ParameterProblem(f"camera.*.{kind}: two cameras share a topic, got {sorted(topics)}")
-        for name, topic in zip(names, topics, strict=True):
-            try:
-                validate_topic_name(topic)
-            except InvalidTopicNameException as error:
-                text = " ".join(str(error).split())
-                raise ParameterProblem(f"camera.{name}.{kind}: {topic!r} is no topic's name ({text})") from None
+        named += [(f"camera.{name}.{kind}", topic) for name, topic in zip(names, topics, strict=True)]
+    for name, topic in named:
+        try:
+            validate_topic_name(topic)
+        except InvalidTopicNameException as error:
+            text = " ".join(str(error).split())
+            raise ParameterProblem(f"{name}: {topic!r} is no topic's name ({text})") from None
     return Settings(**values, camera=cameras)
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from occflow_core.geometry import rigid
+from occflow_core.pointcloud import Scan, together
 from occflow_core.runtime import Stream
-from occflow_core.types import Frame, Prediction
+from occflow_core.types import NANO, Frame, Prediction
 
-from .assemble import ImageSet, frame_of
+from .assemble import ImageSet, Scans, frame_of
 from .frames import TransformBuffer, TransformError
-from .health import Health
+from .health import LIDAR, Health
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class Pipeline:
         tf_wait: float,  # s that a set may wait for its transforms
         min_cameras: int,
         say: Callable[[str, str], None],  # (what it is about, a sentence); throttles by the first
+        scans: Scans | None = None,  # where the model needs LiDAR: without a scan no set is answered
     ):
         self.names, self.topics, self.say = tuple(names), tuple(topics), say
         self.transforms, self.stream, self.health = transforms, stream, health
         self.fixed_frame, self.base_frame, self.tf_wait = fixed_frame, base_frame, tf_wait
-        self.min_cameras = min_cameras
+        self.min_cameras, self.scans = min_cameras, scans
         self._decoders = ThreadPoolExecutor(min(len(self.names), os.cpu_count() or 1), "decode")
 
     def close(self) -> None:
@@ -119,8 +122,46 @@ class Pipeline:
                 images = self._hole(images, camera, "no transform", f"{self.topics[camera]}: refused: {error}")
         if self._enough(images) is None:
             return None, None
-        newest = images.stamps.index(images.stamp)
-        return images, frame_of(images, self.names, pictures, mounts, poses, poses[newest])
+        world_from_car, points = poses[images.stamps.index(images.stamp)], None
+        if self.scans is not None:
+            points = self._points(images.stamp, world_from_car, look_up, until)
+            if points is None:
+                return None, None
+        return images, frame_of(images, self.names, pictures, mounts, poses, world_from_car, points)
+
+    def _points(
+        self,
+        stamp: int,
+        world_from_car: torch.Tensor,
+        look_up: Callable[[str, str, int], torch.Tensor],
+        until: float,  # s, steady: how long scans may be waited for
+    ) -> torch.Tensor | None:
+        """The LiDAR's points for a set, (P, 5) as Frame has them; None where no scan of it can be used."""
+        begin, car_from_world, scans = time.perf_counter(), rigid.inverse(world_from_car), []
+        clouds = self.scans.take(stamp, max(0.0, until - time.monotonic()))
+        for cloud in clouds:
+            try:
+                base_from_lidar = look_up(self.base_frame, cloud.frame, cloud.stamp)
+                world_from_base = look_up(self.fixed_frame, self.base_frame, cloud.stamp)
+            except TransformError as error:
+                sentence = f"{self.scans.topic}: refused: {error}"
+                self.health.dropped(LIDAR, "no transform", sentence)
+                self.say(f"{LIDAR} no transform", sentence)
+                continue
+            car_from_lidar = car_from_world @ world_from_base @ base_from_lidar
+            scans.append(Scan(torch.from_numpy(cloud.points), car_from_lidar, (stamp - cloud.stamp) / NANO))
+        if not scans or scans[0].age > self.scans.gap:
+            newest = self.scans.newest()
+            if clouds:
+                what = "no scan's transform is known"
+            elif newest is None:
+                what = "no scan came yet"
+            else:
+                what = f"the newest scan is {(stamp - newest) / NANO:.2f} s old, expected at most {self.scans.gap} s"
+            self._lost("no LiDAR scan", f"{self.scans.topic}: a set was refused: {what}, and the model needs LiDAR")
+            return None
+        self.health.took("scans", time.perf_counter() - begin)
+        return together(scans)
 
     def _hole(self, images: ImageSet, camera: int, reason: str, sentence: str) -> ImageSet:
         self.health.dropped(self.names[camera], reason, sentence)

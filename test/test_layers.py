@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # low to high; rooms on one floor do not see each other
     {"geometry"},
     {"types", "ops"},
-    {"voxelflow"},
+    {"voxelflow", "pointcloud"},
     {"nn", "data", "labels", "metrics"},
     {"systems"},
     {"runtime"},
@@ -22,7 +22,8 @@ FLOORS = [  # low to high; rooms on one floor do not see each other
     {"__main__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-NODE_SEES = {"occflow_ros", "runtime", "types", "geometry", "voxelflow"}  # no trainer, no dataset on the car
+# no trainer, no dataset on the car
+NODE_SEES = {"occflow_ros", "runtime", "types", "geometry", "voxelflow", "pointcloud"}
 # Guests sit at the top only of the files made for them; elsewhere inside the function that needs them
 HOSTS = {"occflow_ros": {"rclpy", "rosbags"}, "data": {"cv2"}, "show": {"cv2"}}
 GUESTS = {"rclpy", "triton", "numba", "rosbags", "cv2", "tyro", "tqdm", "simplejpeg", "rerun", "tensorboard", "PIL"}

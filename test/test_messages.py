@@ -114,11 +114,11 @@ def test_the_readme_reader_reads_the_message(filled):
 
 
 def test_every_field_is_explained_and_the_class_tables_are_ours():
-    from occflow_core.types import OCC3D, OPENOCC
+    from occflow_core.types import TABLES
 
     text = DEFINITION.read_text()
     said = " ".join(text.replace("#", " ").split())
-    for table in (OCC3D, OPENOCC):
+    for table in TABLES.values():
         names = re.search(rf'"{table.table}" (.*?); free would be (\d+)', said)
         listed = dict(re.findall(r"(\d+) (\w+)", names.group(1)))
         assert int(names.group(2)) == table.free == len(listed)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import OCC3D_GRID, Cameras, rigid
+from ..pointcloud import read as read_cloud
 from ..types import NANO, OCC3D, Occupancy, Prediction
 from ..voxelflow import pack
 from .bag import BagWriter, _camera_info, _header, _read, _transforms, topics_of
@@ -594,7 +595,10 @@ def _extract(bag, folder, topics, cloud_topic, tf, infos, frames, quality, keep_
             done.skipped[f"{name}: {reason}"] += 1
             continue
         try:
-            suffix, data = ("pcd.bin", _points(message)) if name == LIDAR else _stored(message, infos[name], quality)
+            if name == LIDAR:
+                suffix, data = "pcd.bin", read_cloud(message).tobytes()
+            else:
+                suffix, data = _stored(message, infos[name], quality)
         except ValueError as problem:
             _or_raise(ValueError(f"{bag}: {topic} at {stamp} ns: {problem}"), keep_going, done)
             continue
@@ -656,38 +660,6 @@ def _raw(message) -> np.ndarray:
     picture = message.data[: step * height].reshape(height, step)[:, : width * depth]
     picture = np.ascontiguousarray(picture).reshape((height, width) if depth == 1 else (height, width, depth))
     return picture if change is None else cv2.cvtColor(picture, change)
-
-
-_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8: "f8"}  # sensor_msgs/PointField
-
-
-def _points(message) -> bytes:
-    """PointCloud2 -> nuScenes' .pcd.bin: float32 x y z intensity ring; 0 where a cloud has no intensity or ring.
-
-    Points that are not finite (no echo) are dropped.
-    """
-    order = ">" if message.is_bigendian else "<"
-    fields = {f.name: (order + _NUMBERS[f.datatype], f.offset) for f in message.fields if f.datatype in _NUMBERS}
-    if not {"x", "y", "z"} <= fields.keys():
-        raise ValueError(f"a cloud with the fields {', '.join(fields) or 'none'}, expected x, y and z")
-    count, step = int(message.height) * int(message.width), int(message.point_step)
-    if int(message.row_step) != step * int(message.width) or message.data.size < count * step:
-        raise ValueError(f"a cloud of {message.data.size} bytes, expected {count} points of {step}")
-    names = [name for name in ("x", "y", "z", "intensity", "ring") if name in fields]
-    layout = np.dtype(
-        {
-            "names": names,
-            "formats": [fields[name][0] for name in names],
-            "offsets": [fields[name][1] for name in names],
-            "itemsize": step,
-        }
-    )
-    cloud = np.frombuffer(message.data[: count * step].tobytes(), layout)
-    points = np.zeros((count, 5), np.float32)
-    for i, name in enumerate(("x", "y", "z", "intensity", "ring")):
-        if name in names:
-            points[:, i] = cloud[name]
-    return np.ascontiguousarray(points[np.isfinite(points[:, :3]).all(1)]).tobytes()
 
 
 def _keyframes(files: list[_File], cameras: list[str]) -> list[tuple[int, dict[str, _File]]]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import OCC3D_GRID, Cameras, rigid
+from ..pointcloud import Scan, together
 from ..types import NANO, OCC3D, OPENOCC, Classes, Frame, Occupancy
 from . import tables
 
@@ -551,7 +552,8 @@ class NuScenes:
     def cloud(self, moment: Moment, sweeps: int = 1) -> Tensor:
         """Points (P, 5) float32 of the last LiDAR sweeps: x y z (m, the moment's car frame), intensity, age (s).
 
-        The newest sweep, and all of it, comes first. Fewer sweeps where the scene has no more. ValueError where there
+        The newest sweep, and all of it, comes first; those before leave out what is close to the sensor
+        (`pointcloud.CLOSE`). Fewer sweeps where the scene has no more. ValueError where there
         is none before the moment, and where the poses have a gap.
         """
         rows = self.sweeps(moment.scene, LIDAR)
@@ -559,23 +561,14 @@ class NuScenes:
         newest = rows.start + int(np.searchsorted(stamps, moment.stamp, "right")) - 1
         if newest < rows.start:
             raise ValueError(f"{moment.scene}: no row of {LIDAR} at or before {moment.stamp} ns in table sample_data")
-        now, parts = self._pose(moment.reference), []
+        now, scans = self._pose(moment.reference), []
         car_from_world = rigid.inverse(now)
         for row in range(newest, max(rows.start, newest - sweeps + 1) - 1, -1):
-            data, points = self.data(row), self.points(row)
+            data = self.data(row)
             self.no_gap(data, now, moment.stamp)
             car_from_sensor = car_from_world @ data.world_from_car @ data.car_from_sensor
-            parts.append(
-                torch.cat(
-                    [
-                        rigid.apply(car_from_sensor, points[:, :3].double()).float(),
-                        points[:, 3:4],
-                        torch.full((len(points), 1), (moment.stamp - data.stamp) / NANO),
-                    ],
-                    dim=1,
-                )
-            )
-        return torch.cat(parts)
+            scans.append(Scan(self.points(row), car_from_sensor, (moment.stamp - data.stamp) / NANO))
+        return together(scans)
 
     def no_gap(self, data: SampleData, world_from_car: Tensor, stamp: int) -> None:
         """ValueError where the car cannot have come from one pose to the other: that of `data`, and another (4, 4)

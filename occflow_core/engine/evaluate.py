@@ -449,7 +449,9 @@ def _score(job: Job, tallies: Tallies, sample: str, truth: Occupancy, told, eyes
 def _loaded(job: Job, moment: Moment) -> tuple[Frame | None, Occupancy | None, Exception | None]:
     """What a moment brings, or why it brings nothing."""
     try:
-        frame = None if job.model is None else job.world.frame(moment, partial=job.keep_going)
+        frame = None
+        if job.model is not None:
+            frame = job.world.frame(moment, job.model.system.config.sweeps, job.keep_going)
         truth = None if moment.sample is None else job.world.occupancy(moment.sample, job.labels)
     except (ValueError, OSError) as problem:
         return None, None, problem

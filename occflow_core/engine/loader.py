@@ -128,9 +128,10 @@ class Batches(Dataset):
         new_from_car = _world_draw(self.data, rng)
         if self.data.window == "window":
             window = windows.opus(self.world, turn.sample, self.config.frames, rng)
-            frames, after = [self._frame(moment, view) for moment in window], None
+            older = [self._frame(moment, view, 0) for moment in window[1:]]
+            frames, after = [self._frame(window[0], view, self.config.sweeps), *older], None
         else:
-            frames, after = [self._frame(now, view)], None
+            frames, after = [self._frame(now, view, self.config.sweeps)], None
             if turn.before is not None:
                 before = self.world.keyframe(turn.before)
                 # only where and when it was matters
@@ -138,8 +139,8 @@ class Batches(Dataset):
         clip, truth = Clip.of(frames, after), fitted(self._truth(turn.sample), self.config)
         return (clip, truth) if new_from_car is None else augment.moved(clip, truth, new_from_car)
 
-    def _frame(self, moment: Moment, view: augment.View | None) -> Frame:
-        frame = self.cache.get(moment, lambda: self.world.frame(moment), _frame_bytes)
+    def _frame(self, moment: Moment, view: augment.View | None, sweeps: int) -> Frame:
+        frame = self.cache.get((moment, sweeps), lambda: self.world.frame(moment, sweeps), _frame_bytes)
         if view is None:
             return prepare(frame, self.config.height, self.config.width, self.resize)
         return augment.seen(frame, view)
@@ -264,7 +265,7 @@ class _Cache:
 
 
 def _frame_bytes(frame: Frame) -> int:
-    return frame.images.numel()
+    return frame.images.numel() + (0 if frame.points is None else 4 * frame.points.numel())
 
 
 class _Packed:

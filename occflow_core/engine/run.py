@@ -85,7 +85,8 @@ class Run:
     backbone: str | None = None
     frozen: tuple[str, ...] = ()  # patterns of parameters that stay as they begin, e.g. ("backbone.layer1.*",)
     checkpointing: tuple[str, ...] = ()  # parts whose activations are computed twice, not kept, e.g. ("backbone",)
-    frozen_norms: bool = False  # batch norms keep the statistics they began with: for batches too small to have any
+    # the backbone's batch norms keep the statistics they began with: for batches too small to have any
+    frozen_norms: bool = False
     deterministic: bool | None = None  # refuse kernels whose sums change from run to run; None: on CPUs only
     half: bool = False  # the weights that come out hold matrices and kernels as float16: half the file
     save_every: int = 500  # steps between checkpoints

@@ -75,7 +75,7 @@ def _train(run: Run, out: Path, processes: Processes, after_step, progress: bool
     system = _built(run).to(device).train()
     _freeze(system, run.frozen)
     if run.frozen_norms:
-        still(system)
+        still(system.backbone)
     for name in run.checkpointing:
         _keep_no_activations(system, name)
     optimiser = Optimiser(system, optimise, run.steps, device)

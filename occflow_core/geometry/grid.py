@@ -73,3 +73,5 @@ class Grid:
 
 # Occ3D-nuScenes and OpenOcc v2 (arXiv 2304.14365, section 3): 80 x 80 x 6.4 m around the car
 OCC3D_GRID = Grid(low=(-40.0, -40.0, -1.0), voxel=(0.4, 0.4, 0.4), shape=(200, 200, 16))
+# OpenOccupancy (arXiv 2303.03991): 102.4 x 102.4 x 8 m around the LiDAR
+OPENOCCUPANCY_GRID = Grid(low=(-51.2, -51.2, -5.0), voxel=(0.2, 0.2, 0.2), shape=(512, 512, 40))

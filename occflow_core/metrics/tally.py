@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ..types import OCC3D, OPENOCC, Classes
+from ..types import TABLES, Classes
 
-TABLES = {classes.table: classes for classes in (OCC3D, OPENOCC)}
 UNLABELLED = 255  # in a truth: nobody knows what is there
 
 

@@ -17,6 +17,7 @@ from ..systems.base import load_strictly, seeded
 from .prepare import RESIZES
 
 _ABOUT = {"system", "preset", "resize", "trained", "config"}  # what a file says about itself
+SIZES = {"t": "tiny", "s": "small", "m": "medium", "l": "large"}  # as the papers name them
 FORMAT = "occflow"  # the key of our JSON in the file's metadata
 _SHIPPED = Path(__file__).parents[1] / "weights"
 
@@ -57,7 +58,7 @@ def load(
     when the name is not known, the file is missing or not ours, or holds another model or tensors that do not fit.
     """
     system, preset = parse(model)
-    made = SYSTEMS[system]
+    model, made = f"{system}-{preset}", SYSTEMS[system]
     weights = shipped(model) if weights is None else weights
     if weights is None:
         built = seeded(made(made.PRESETS[preset]), seed)
@@ -75,9 +76,7 @@ def load(
     return Model(built.eval().to(device), name, about["trained"], about["resize"], digest)
 
 
-def save(
-    system: nn.Module, model: str, resize: str, path: Path | str, *, trained: bool, half: bool = False
-) -> None:
+def save(system: nn.Module, model: str, resize: str, path: Path | str, *, trained: bool, half: bool = False) -> None:
     """Write weights so that `load(model, path)` has them back. The file appears whole or not at all.
 
     trained: whether the weights have learned anything; files of random ones go on saying "(untrained)". half: matrices
@@ -104,12 +103,17 @@ def save(
 
 
 def parse(model: str) -> tuple[str, str]:
-    """System and preset of a name: "opus-nano" -> ("opus", "nano"). ValueError with the nearest for unknown names."""
-    if model not in names():
-        near = get_close_matches(model, names(), n=1, cutoff=0.0)[0]
-        raise ValueError(f"there is no model {model!r}; the nearest is {near!r}, all are: {', '.join(names())}")
-    system, preset = model.split("-", 1)
-    return system, preset
+    """System and preset of a name: "opus-v2-tiny" -> ("opus-v2", "tiny"). ValueError with the nearest for others.
+
+    The papers' letters do as well: "opus-v2-t", and s, m, l.
+    """
+    told = {f"{system}-{preset}": (system, preset) for system, made in SYSTEMS.items() for preset in made.PRESETS}
+    stem, _, last = model.rpartition("-")
+    name = f"{stem}-{SIZES[last]}" if last in SIZES else model
+    if name not in told:
+        near = get_close_matches(model, told, n=1, cutoff=0.0)[0]
+        raise ValueError(f"there is no model {model!r}; the nearest is {near!r}, all are: {', '.join(told)}")
+    return told[name]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:

@@ -44,7 +44,8 @@ class Stream:
         black = torch.zeros(n, height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         used, stamps = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64)
         here = torch.eye(4, dtype=torch.float64)
-        self.step(Frame(black, cameras, used, stamps, 0, here, "warm-up", tuple(names)))
+        points = _made_up_points(self.model.system.config) if self.model.system.config.sweeps else None
+        self.step(Frame(black, cameras, used, stamps, 0, here, "warm-up", tuple(names), points))
         self.forget()
 
     @torch.inference_mode()
@@ -76,6 +77,14 @@ class Stream:
         stages = ("prepare", "network", "voxels", "visibility")
         self.seconds = {stage: end - start for stage, start, end in zip(stages, clock, clock[1:], strict=False)}
         return prediction
+
+
+def _made_up_points(config) -> Tensor:
+    """As many points as a LiDAR of 32 beams has in the scans that the config wants, each scan at the same places."""
+    unit = torch.rand(30_000, 4, generator=torch.Generator().manual_seed(0))
+    scan = torch.cat([config.grid.metres(unit[:, :3]), 255 * unit[:, 3:]], dim=1)
+    age = 0.05 * torch.arange(config.sweeps).repeat_interleave(len(scan))
+    return torch.cat([scan.repeat(config.sweeps, 1), age[:, None]], dim=1)
 
 
 def _finite(output) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..geometry import Grid
 from ..types import Clip, Occupancy, Prediction
 
 
@@ -17,7 +18,9 @@ class System(Protocol):
     and `constants()` (the authors' buffers that must equal what our config says, by their names).
     """
 
-    config: Any  # its own frozen Config: height and width (pixels) of its pictures, grid, classes, as_published
+    # its own frozen Config: height and width (pixels) of its pictures, grid, classes, as_published; sweeps: how many
+    # LiDAR scans `clip.points` must hold, the newest and those before it (0: no LiDAR file is touched for the system)
+    config: Any
 
     def __call__(self, clip: Clip, memory: Any | None) -> tuple[Any, Any]:
         """(output, memory). Memory is the system's own frozen value, detached; None before the first clip."""
@@ -62,6 +65,40 @@ def translate(name: str, table: Mapping[str, str | None]) -> tuple[bool, str | N
                 ours = ours.replace("#", part, 1) if "#" in ours else ours + part
             return True, ours
     return False, None
+
+
+_LAYER = "pts_bbox_head.transformer.decoder.decoder_layers.#."
+# What the published OPUS checkpoints (V1, V2, Fusion) name alike -> ours
+OPUS_NAMES = {
+    "img_backbone.": "backbone.",
+    "img_neck.lateral_convs.#.conv.": "neck.lateral.#.",
+    "img_neck.fpn_convs.#.conv.": "neck.output.#.",
+    "pts_bbox_head.pc_range": None,  # these four must equal `opus_constants`
+    "pts_bbox_head.scene_size": None,
+    "pts_bbox_head.voxel_size": None,
+    "pts_bbox_head.voxel_num": None,
+    _LAYER + "position_encoder.": "layers.#.position.",
+    _LAYER + "self_attn.attention.attn.in_proj_weight": "layers.#.attention.taken.weight",
+    _LAYER + "self_attn.attention.attn.in_proj_bias": "layers.#.attention.taken.bias",
+    _LAYER + "self_attn.attention.attn.out_proj.": "layers.#.attention.out.",
+    _LAYER + "self_attn.gen_tau.": "layers.#.attention.reach.",
+    _LAYER + "sampling.sampling_offset.": "layers.#.sampling.offset.",
+    _LAYER + "sampling.scale_weights.": "layers.#.sampling.levels.",
+    _LAYER + "ffn.layers.0.0.": "layers.#.feed.0.",
+    _LAYER + "ffn.layers.1.": "layers.#.feed.3.",
+    _LAYER + "norm#.": "layers.#.norm#.",
+    _LAYER + "reg_branch.": "layers.#.move.",
+}
+
+
+def opus_constants(grid: Grid) -> dict[str, Tensor]:
+    """The buffers of the published OPUS checkpoints that say which grid their weights are for."""
+    return {
+        "pts_bbox_head.pc_range": torch.tensor((*grid.low, *grid.high)),
+        "pts_bbox_head.scene_size": torch.tensor(grid.size),
+        "pts_bbox_head.voxel_size": torch.tensor(grid.voxel),
+        "pts_bbox_head.voxel_num": torch.tensor(grid.shape),
+    }
 
 
 def _pattern(key: str) -> str:

@@ -8,7 +8,7 @@ import pickle
 import pickletools
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +93,23 @@ def test_sweeps_are_shown_and_keyframes_scored(world):
     model, system = guess(world)
     scores = evaluate(model, world, world.scenes[:1], "openocc", sweeps=True, progress=False)
     assert len(system.clips) == len(world.moments(world.scenes[0])) > 3 == len(scores.samples)
+
+
+@dataclass(frozen=True)
+class Seeing(type(drives.FULL)):
+    sweeps: int = 2
+
+
+def test_scans_come_to_a_model_that_asks_for_them_and_to_no_other(world):
+    model, system = guess(world)
+    scene = world.scenes[0]
+    evaluate(model, world, [scene], "openocc", progress=False)
+    system.config = Seeing(**vars(drives.FULL))
+    evaluate(model, world, [scene], "openocc", progress=False)
+    without, seeing = system.clips[:3], system.clips[3:]
+    assert all(clip.points is None for clip in without)
+    for clip, moment in zip(seeing, world.keyframes(scene), strict=True):
+        assert torch.equal(clip.points[0], world.cloud(moment, 2))
 
 
 def test_the_baselines_and_the_truth_stand_beside_the_model(tmp_path, world):

@@ -1,7 +1,7 @@
 """Batches are a function of seed and number: any process, any worker, any beginning gives the same."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +140,26 @@ def test_without_draws_a_batch_is_what_the_car_would_see_and_the_label_as_it_lie
             label = world.occupancy(turn.sample, "openocc")
             assert torch.equal(truth.labels[lane], label.labels[95:105, 95:105, 0:4])
             assert torch.equal(truth.flow[lane].nan_to_num(9), label.flow[95:105, 95:105, 0:4].nan_to_num(9))
+
+
+@dataclass(frozen=True)
+class Seeing(tiny.Config):
+    sweeps: int = 3
+
+
+@pytest.mark.parametrize("window", ["stream", "window"])
+def test_scans_come_to_a_system_that_asks_for_them_and_to_no_other(world, window):
+    data = dataset(world, config=Seeing(), window=window, flips=True, turn=30.0)
+    clip, _ = data[1]
+    still, _ = dataset(world, config=Seeing(), window=window, view=False)[1]
+    for lane, turn in enumerate(data.plan.at(1)):
+        cloud = world.cloud(world.keyframe(turn.sample), 3)
+        assert len(cloud) == 9 and torch.equal(still.points[lane], cloud)
+        moved = clip.points[lane]  # by one matrix for all of them
+        assert torch.equal(moved[:, 2:], cloud[:, 2:]) and not torch.equal(moved, cloud)
+        between = [torch.pdist(points[:, :3]) for points in (moved, cloud)]
+        assert torch.allclose(*between, atol=1e-3)
+    assert dataset(world, window=window)[1][0].points is None
 
 
 def test_the_draws_of_a_drive_hold_until_it_ends(world):

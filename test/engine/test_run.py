@@ -1,13 +1,18 @@
 """A Run is changed by words, each of which is checked; recipes are found by name."""
 
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import torch
 from engine import tiny
 
 from occflow_core.engine import Run, World, recipe, with_settings
+from occflow_core.engine.optimise import parts
 from occflow_core.engine.run import differences, told
+from occflow_core.runtime.load import parse
+from occflow_core.systems import SYSTEMS
 from occflow_recipes import RECIPES
 
 
@@ -22,6 +27,21 @@ def test_every_recipe_is_a_run_whose_settings_are_json(name):
 
     made = recipe(RECIPES, name)
     assert json.loads(json.dumps(told(made))) == told(made) and differences(told(made), told(made)) == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_its_model_and_its_patterns_fit(name):
+    """On no memory: all that a run names is there."""
+    made = recipe(RECIPES, name)
+    system, preset = parse(made.model)
+    with torch.device("meta"):
+        built = SYSTEMS[system](made.config)
+    assert parts(built, made.optimise)
+    names = [n for n, _ in built.named_parameters()]
+    assert all(any(fnmatchcase(n, pattern) for n in names) for pattern in made.frozen)
+    assert all(built.get_submodule(part) is not None for part in made.checkpointing)
+    if SYSTEMS[system].PRESETS[preset].as_published:
+        assert made.config == SYSTEMS[system].PRESETS[preset]
 
 
 def test_an_unknown_recipe_names_the_nearest():

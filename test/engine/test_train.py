@@ -194,9 +194,10 @@ def test_what_is_remembered_random_and_averaged_is_gone_on_with(root, whole, tmp
         assert curve(harmed)[:8] == curve(whole)[:8] and curve(harmed)[8:] != curve(whole)[8:], harm.__name__
 
 
-def test_opus_goes_on_in_the_middle_of_a_drive_as_if_nothing_had_happened(root, tmp_path):
+@pytest.mark.parametrize("model", ["opus", "opus-v2", "opus-fusion"])
+def test_opus_goes_on_in_the_middle_of_a_drive_as_if_nothing_had_happened(root, tmp_path, model):
     """Thirty-two channels a group: long enough for a dot product to depend on where its numbers lie in memory."""
-    run = with_settings(tiny.run(root, "opus"), ["steps=6", "save_every=3", "keep=9"])
+    run = with_settings(tiny.run(root, model), ["steps=6", "save_every=3", "keep=9"])
     run = replace(run, config=replace(run.config, channels=64, groups=2))
     train(run, tmp_path / "whole", "cpu", progress=False)
     shutil.copytree(tmp_path / "whole", tmp_path / "torn")

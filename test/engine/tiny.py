@@ -1,7 +1,8 @@
 """A very small system with a memory, a dropout and a batch norm, a data set to train it on, and its command line.
 
-Run as a program, under torchrun too: python test/engine/tiny.py MODEL OUT ROOT field=value ..., where MODEL is "tiny"
-or "opus". DIES=RANK:STEP in the environment takes that process away after that step, as a power cut would, once.
+Run as a program, under torchrun too: python test/engine/tiny.py MODEL OUT ROOT field=value ..., where MODEL is "tiny",
+"opus", "opus-v2" or "opus-fusion". DIES=RANK:STEP in the environment takes that process away after that step, as a
+power cut would, once.
 """
 
 import json
@@ -10,6 +11,7 @@ import signal
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -21,7 +23,7 @@ if __name__ == "__main__":
     sys.path[0] = str(TEST)
 
 from data import layout  # noqa: E402
-from systems import small  # noqa: E402
+from systems import small, small_fusion, small_v2  # noqa: E402
 
 from occflow_core.data.nuscenes import NuScenes  # noqa: E402
 from occflow_core.engine import Data, Optimise, Run  # noqa: E402
@@ -44,6 +46,7 @@ class Config:
     grid: Grid = field(default=GRID)
     classes: str = OPENOCC.table
     as_published: bool = False
+    sweeps: ClassVar[int] = 0
 
     @property
     def table(self) -> Classes:
@@ -126,9 +129,13 @@ def world(root: Path, scenes: int = 3, keyframes: int = 7) -> Path:
 
 
 def run(root: Path, model: str = "tiny") -> Run:
+    config = Config()
+    if model != "tiny":
+        those = {"opus": small, "opus-v2": small_v2, "opus-fusion": small_fusion}
+        config = replace(those[model].CONFIG, grid=OPUS_GRID, classes=OPENOCC.table)
     return Run(
-        model={"tiny": "tiny-preset", "opus": "opus-nano"}[model],
-        config=Config() if model == "tiny" else replace(small.CONFIG, grid=OPUS_GRID, classes=OPENOCC.table),
+        model="tiny-preset" if model == "tiny" else f"{model}-nano",
+        config=config,
         data=Data(root=root, parts=1, cache=0.1),
         optimise=Optimise(rate=1e-2, rates=(("backbone.*", 0.5),), warm_up=4, average=0.9),
         steps=12,

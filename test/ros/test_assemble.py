@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from occflow_core.geometry import rigid
-from occflow_ros.assemble import Calibration, Collector, ImageSet, Mailbox, Shot, frame_of
+from occflow_ros.assemble import Calibration, Cloud, Collector, ImageSet, Mailbox, Scans, Shot, frame_of
 
 MS = 1_000_000
 PERIOD = 1 / 12
@@ -187,6 +187,42 @@ def test_in_the_mailbox_the_newest_letter_wins_and_closing_wakes_the_reader():
     box.close()
     reader.join(timeout=2)
     assert got == [None]
+
+
+def scan(stamp: int) -> Cloud:
+    return Cloud(np.zeros((1, 5), np.float32), "lidar", stamp)
+
+
+def test_a_set_gets_the_newest_scans_that_were_not_after_it():
+    scans = Scans("/lidar", count=3, period=0.05)
+    for k in (0, 2, 1, 3, 5, 4, 5):  # in any order, one of them twice
+        scans.add(scan(START + 50 * k * MS))
+    taken = [cloud.stamp - START for cloud in scans.take(START + 160 * MS, 0.0)]
+    assert taken == [150 * MS, 100 * MS, 50 * MS]
+    # a scan's stamp may be that of its end: half a period ahead is still of this set
+    assert scans.take(START + 226 * MS, 0.0)[0].stamp == START + 250 * MS
+    assert scans.take(START + 224 * MS, 0.0)[0].stamp == START + 200 * MS
+    assert scans.newest() == START + 250 * MS
+
+
+def test_scans_that_are_too_old_are_none_and_a_late_one_is_waited_for():
+    scans = Scans("/lidar", count=3, period=0.05, gap=0.5)
+    assert scans.newest() is None and scans.take(START, 0.0) == []
+    scans.add(scan(START))
+    assert len(scans.take(START + 500 * MS, 0.0)) == 1 and scans.take(START + 501 * MS, 0.0) == []
+    comes = threading.Timer(0.05, lambda: scans.add(scan(START + 400 * MS)))
+    comes.start()
+    assert [c.stamp for c in scans.take(START + 410 * MS, 5.0)] == [START + 400 * MS, START]
+    comes.join()
+
+
+def test_a_clock_that_is_turned_back_forgets_scans_and_few_are_kept():
+    scans = Scans("/lidar", count=2, period=0.1)
+    for k in range(100):
+        scans.add(scan(START + 100 * k * MS))
+    assert len(scans._clouds) == 22  # what a set needs, and two seconds
+    scans.add(scan(START))
+    assert scans.newest() == START and len(scans.take(START, 0.0)) == 1
 
 
 def test_a_frame_carries_the_cars_motion_between_each_cameras_stamp_and_the_sets():

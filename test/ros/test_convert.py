@@ -279,3 +279,32 @@ def test_markers_of_things_that_stand_or_are_nonsense_are_finite(ros):
     cubes, arrows = convert.markers(broken, header, 0.0).markers
     assert len(cubes.points) == 1 and len(arrows.points) == 6
     assert all(np.isfinite([p.x, p.y, p.z]).all() for p in arrows.points)
+
+
+def cloud(points, frame="lidar_top", sec=5):
+    header = SimpleNamespace(frame_id=frame, stamp=SimpleNamespace(sec=sec, nanosec=7))
+    fields = [SimpleNamespace(name=n, offset=4 * i, datatype=7, count=1) for i, n in enumerate("xyz")]
+    points = np.asarray(points, np.float32).reshape(-1, 3)
+    shape = {"height": 1, "width": len(points), "point_step": 12, "row_step": points.nbytes}
+    return SimpleNamespace(header=header, fields=fields, is_bigendian=False, data=points.tobytes(), **shape)
+
+
+def test_a_cloud_keeps_its_points_its_frame_and_its_stamp():
+    taken = convert.cloud(cloud([[1, 2, 3], [np.inf, 0, 0]], frame="/lidar_top"))
+    assert taken.points.tolist() == [[1, 2, 3, 0, 0]] and (taken.frame, taken.stamp) == ("lidar_top", 5_000_000_007)
+
+
+def test_clouds_that_nobody_can_place_are_refused():
+    lame = cloud([[1, 2, 3]])
+    lame.fields = lame.fields[:2]
+    stampless = cloud([[1, 2, 3]], sec=0)
+    stampless.header.stamp.nanosec = 0
+    for message, reason in (
+        (cloud([[1, 2, 3]], frame=""), "no frame"),
+        (stampless, "no stamp"),
+        (lame, "unusable cloud"),
+        (cloud([[np.nan] * 3]), "empty cloud"),
+    ):
+        with pytest.raises(Refused) as refused:
+            convert.cloud(message)
+        assert refused.value.reason == reason

@@ -85,3 +85,20 @@ def test_log_lines_are_throttled_by_key():
     health = Health(["a"], "net")
     assert [health.may_say("x", t) for t in (0.0, 4.9, 5.1)] == [True, False, True]
     assert health.may_say("y", 1.0)
+
+
+def test_a_lidar_that_is_needed_is_told_of_like_a_camera():
+    health = Health(["a"], "net", lidar=True)
+    whole, _, lidar = health.report(0.0)
+    assert (lidar.name, lidar.level) == ("LiDAR", WARN) and "no scan yet" in lidar.message and whole.level == WARN
+    for k in range(50):
+        for name in ("a", "LiDAR"):
+            health.image(name, k / 10)
+            health.used(name, k / 10)
+        health.served(k / 10)
+    assert level(health, 4.9) == {"occupancy": OK, "a": OK, "LiDAR": OK}
+    health.dropped("sets", "no LiDAR scan", "/lidar: a set was refused")
+    whole, _, lidar = health.report(9.0)
+    assert lidar.level == ERROR and "no scan for 4.1 s" in lidar.message
+    assert whole.level == ERROR and "/lidar: a set was refused" in whole.message
+    assert whole.values["sets dropped: no LiDAR scan"] == 1

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from data import layout
 from recorded import scene0103
 
 from occflow_core.data import pattern
 from occflow_core.data.bag import write_bag
+from occflow_core.data.drives import write_scene_bag
 from occflow_core.geometry import OCC3D_GRID
 from occflow_core.types import NANO
 from occflow_core.voxelflow import NO_IMAGE, unpack
@@ -147,6 +149,25 @@ def test_without_ego_motion_nothing_is_published_and_the_reason_is_said(tmp_path
     assert recording.occupancy == []
     assert "TF has not named odom" in recording.log
     assert recording.node_exit == 0
+
+
+@pytest.mark.parametrize("topic", ["/lidar_top/points", "/nobody"])
+def test_a_model_that_needs_lidar_answers_with_it_and_says_why_it_does_not_without(tmp_path, topic):
+    layout.write(tmp_path / "data", keyframes=2)
+    write_scene_bag(tmp_path / "data", "scene-0001", tmp_path / "bag", progress=False)
+    there = topic != "/nobody"
+    parameters = config(tmp_path, model="opus-fusion-nano", lidar_topic=topic)
+    recording = drive(tmp_path / "bag", parameters, ["set_deadline:=0.5"], rate=0.2, answered=there)
+    assert recording.node_exit == 0 and f"for scans on {topic}" in recording.log
+    lidar = recording.cameras()["LiDAR"]
+    if there:
+        assert len(said(recording)) >= 2, recording.log
+        assert {m.model_name for m in said(recording)} == {"opus-fusion-nano (untrained)"}
+        assert float(lidar["rate Hz"]) > 0
+    else:
+        assert recording.occupancy == []
+        assert "/nobody: a set was refused: no scan came yet, and the model needs LiDAR" in recording.log
+        assert lidar["message"] == "no scan yet" and int(recording.counts()["sets dropped: no LiDAR scan"]) >= 2
 
 
 def node(*arguments: str) -> subprocess.CompletedProcess:

@@ -9,6 +9,7 @@ from systems.small import CONFIG, PUBLISHED, authors_checkpoint, build
 
 from occflow_core.runtime import Stream, load, save
 from occflow_core.runtime.convert import convert
+from occflow_core.runtime.load import names, parse
 from occflow_core.systems import SYSTEMS, opus
 from occflow_core.systems.base import translate
 
@@ -165,9 +166,16 @@ def test_nothing_in_a_foreign_checkpoint_is_run(tmp_path, capsys):
     assert "ran code" not in capsys.readouterr().out
 
 
-def test_every_system_is_one_word_with_presets_and_names():
-    assert "opus" in SYSTEMS and not any("-" in name for name in SYSTEMS)  # tests bring systems of their own
+def test_every_model_has_a_name_of_its_own():
+    made = [(system, preset) for system in SYSTEMS for preset in SYSTEMS[system].PRESETS]
+    assert [parse(name) for name in names()] == made and len(set(names())) == len(made)
     assert SYSTEMS["opus"].PRESETS and SYSTEMS["opus"].NAMES
+
+
+def test_the_papers_letters_name_their_sizes():
+    assert (parse("opus-t"), parse("opus-v2-l")) == (("opus", "tiny"), ("opus-v2", "large"))
+    with pytest.raises(ValueError, match="no model 'opus-x'"):
+        parse("opus-x")
 
 
 def test_half_a_file_holds_matrices_as_float16_and_everything_else_as_it_was(tmp_path):

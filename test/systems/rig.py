@@ -1,4 +1,4 @@
-"""Frames of a made-up car: N cameras in a ring, smooth random pictures, any pose."""
+"""Frames of a made-up car: N cameras in a ring, smooth random pictures, random LiDAR points, any pose."""
 
 import math
 
@@ -43,7 +43,16 @@ def frame(height=64, width=96, n=3, at=0.0, seed=0, x=0.0, yaw=0.0, drive="drive
         world_from_car=world_from_car,
         drive=drive,
         names=tuple(f"camera{i}" for i in range(n)),
+        points=cloud(generator),
     )
+
+
+def cloud(generator: torch.Generator, scans: int = 3, points: int = 300) -> torch.Tensor:
+    """Scans 50 ms apart around the car, (P, 5) as in `Frame`, the newest first."""
+    low, size = torch.tensor([-11.0, -9.0, -0.9, 0.0]), torch.tensor([22.0, 18.0, 5.0, 255.0])
+    values = low + size * torch.rand(scans * points, 4, generator=generator)
+    age = 0.05 * torch.arange(scans).repeat_interleave(points)
+    return torch.cat([values, age[:, None]], dim=1)
 
 
 def drive(count: int, every: float, start: int = 0, **kinds) -> list[Frame]:

@@ -8,6 +8,8 @@ from systems.small import CONFIG, PUBLISHED, build
 from torch import nn
 from torch.nn import functional as F
 
+from occflow_core.nn import instants
+from occflow_core.nn.queries import Attention, Mixing, distances
 from occflow_core.systems import opus
 from occflow_core.systems.base import seeded
 from occflow_core.types import OPENOCC, Clip, Prediction
@@ -99,7 +101,7 @@ def remembered(stamps, system=None):
     frames = [frame(at=at, n=1, height=8, width=8) for at in stamps]
     rows, memory = torch.zeros(1, 1, 1, 1, 4), None
     for i in range(len(frames)):
-        windows, memory = opus._remember(clip_of(frames, i), rows, memory, frames=8)
+        windows, memory = instants.remember(clip_of(frames, i), rows, memory, frames=8)
         yield [e.age for e in windows[0]], [e.age for e in memory.lanes[0]]
 
 
@@ -110,12 +112,12 @@ def test_at_a_live_rate_the_window_keeps_half_seconds_and_the_memory_fifteen_fra
     shakes = jitter * (2 * torch.rand(6 * hertz, generator=generator) - 1)
     steps = list(remembered([i / hertz + float(shake) for i, shake in enumerate(shakes)]))
     for _, kept in steps:
-        assert len(kept) <= opus.KEEP
+        assert len(kept) <= instants.KEEP
         assert all(older - newer >= 0.25 - 0.016 for newer, older in zip(kept, kept[1:]))
     for window, _ in steps[4 * hertz :]:
         assert window[0] == 0
         assert all(abs(age - 0.5 * k) <= 0.17 for k, age in enumerate(window)), window
-    assert len(steps[-1][1]) == opus.KEEP
+    assert len(steps[-1][1]) == instants.KEEP
 
 
 def test_the_memory_is_a_value_that_no_step_changes_and_no_picture_is_copied_into():
@@ -151,7 +153,7 @@ def test_a_batch_of_two_is_two_batches_of_one_also_when_one_lane_is_fresh(config
     with torch.no_grad():
         _, memory_a = run(system, long[:3])
         _, memory_b = run(system, other[:3])
-        together = opus.Memory(memory_a.lanes + memory_b.lanes)
+        together = instants.Memory(memory_a.lanes + memory_b.lanes)
         going_on, starting = clip_of(long, 3), Clip.of(other[3])
         alone = [system(going_on, memory_a), system(starting, None)]
         both, memory = system(Clip.batch([going_on, starting]), together)
@@ -243,7 +245,7 @@ def test_every_weight_gets_a_finite_gradient(config):
 
 def test_mixing_is_two_products_and_two_norms():
     torch.manual_seed(0)
-    mixing = opus.Mixing(channels=12, groups=3, taken=5, given=2)
+    mixing = Mixing(channels=12, groups=3, taken=5, given=2)
     sampled, query = torch.randn(2, 4, 3, 5, 4), torch.randn(2, 4, 12)
     expected = torch.empty(2, 4, 12)
     for b in range(2):
@@ -261,7 +263,7 @@ def test_mixing_is_two_products_and_two_norms():
 
 def test_attention_is_torchs_with_a_mask_of_distance_times_the_rows_own_reach():
     torch.manual_seed(0)
-    mine = opus.Attention(16, heads=4, dropout=0.1).eval()
+    mine = Attention(16, heads=4, dropout=0.1).eval()
     theirs = nn.MultiheadAttention(16, 4, batch_first=True).eval()
     for p in mine.parameters():
         nn.init.normal_(p, std=0.3)
@@ -280,7 +282,7 @@ def test_attention_is_torchs_with_a_mask_of_distance_times_the_rows_own_reach():
 
 def test_distances_far_from_the_origin_are_exact():
     centre = torch.tensor([[[40.0, 40.0, 5.0], [40.001, 40.0, 5.0]]])
-    assert opus._distances(centre)[0, 0, 1] == pytest.approx(0.001, abs=5e-6)
+    assert distances(centre)[0, 0, 1] == pytest.approx(0.001, abs=5e-6)
 
 
 def test_points_move_from_the_mean_of_what_their_query_carries():

@@ -7,6 +7,8 @@ import pytest
 import torch
 from systems.small import CONFIG, PUBLISHED, build
 
+from occflow_core.nn.points import FLOW_WEIGHT, NAME_WEIGHTS
+from occflow_core.nn.starts import GROUND, SHARES
 from occflow_core.systems import opus
 from occflow_core.types import OCC3D, OPENOCC, Occupancy
 
@@ -76,7 +78,7 @@ def defined(points, logits, speeds, truth, published):
                 flow, moving = flow + float((speeds[b, p] - true).abs().sum()), moving + 1
             count += 1
     names *= 2.0 if published else 8.0
-    return 0.5 * (missed / voxels + strayed / count), names / count, opus.FLOW_WEIGHT * flow / max(moving, 1)
+    return 0.5 * (missed / voxels + strayed / count), names / count, FLOW_WEIGHT * flow / max(moving, 1)
 
 
 @pytest.mark.parametrize("config", [CONFIG, PUBLISHED], ids=["ours", "as published"])
@@ -132,8 +134,8 @@ def test_what_no_camera_sees_says_little():
 
 
 def test_the_class_weights_go_by_name_in_every_table():
-    assert [opus.NAME_WEIGHTS[name] for name in OCC3D.names] == WEIGHTS
-    assert {*OPENOCC.names} < set(opus.NAME_WEIGHTS) and set(opus.SHARES) == set(OCC3D.names)
+    assert [NAME_WEIGHTS[name] for name in OCC3D.names] == WEIGHTS
+    assert {*OPENOCC.names} < set(NAME_WEIGHTS) and set(SHARES) == set(OCC3D.names)
 
 
 @pytest.mark.parametrize("queries, refines", [(64, (16, 40)), (50, (1, 7))])
@@ -150,11 +152,11 @@ def test_our_own_networks_begin_as_even_columns_and_each_class_at_its_share(quer
         centre = points.mean(dim=1, keepdim=True)
         assert torch.allclose(centre[..., :2], begin[:, None, :2], atol=0.3 * grid.size[0] / queries**0.5)
     # no place in the box is far from a point
-    edge = (grid.size[0] * grid.size[1] * (grid.high[2] - opus.GROUND) / (queries * refines[-1])) ** (1 / 3)
+    edge = (grid.size[0] * grid.size[1] * (grid.high[2] - GROUND) / (queries * refines[-1])) ** (1 / 3)
     asked = torch.rand(2000, 3) * torch.tensor([*grid.size[:2], grid.high[2]]) + torch.tensor([*grid.low[:2], 0.0])
     assert torch.cdist(asked, points.flatten(0, 1)).amin(1).max() < 1.6 * edge
     shares = ours.layers[0].name[-1].bias.view(-1, 17)[0].sigmoid()
-    assert torch.allclose(shares, torch.tensor([opus.SHARES[name] for name in OCC3D.names]), atol=1e-6)
+    assert torch.allclose(shares, torch.tensor([SHARES[name] for name in OCC3D.names]), atol=1e-6)
     theirs = opus.Opus(PUBLISHED)
     assert torch.allclose(theirs.layers[0].name[-1].bias.sigmoid(), torch.tensor(0.01))
     assert theirs.queries.weight[:, 2].std() > 0.1
