@@ -98,8 +98,8 @@ class _Convolve(torch.autograd.Function):
             back = back.scatter(1, taps, torch.arange(taps.shape[1], device=taps.device).expand_as(taps))
             of_features = _gather(gradient, back[:, :count], matrices.mT)
         if ctx.needs_input_grad[1]:
-            padded = _with_nothing(features)
-            of_matrices = torch.stack([padded[rows].mT @ gradient for rows in taps])
+            met = (_met(rows, features.shape[0]) for rows in taps)
+            of_matrices = torch.stack([features[rows].mT @ gradient[at] for at, rows in met])
         return of_features, of_matrices, None
 
 
@@ -116,13 +116,15 @@ def _gather(features: Tensor, taps: Tensor, matrices: Tensor) -> Tensor:
         return total.to(features.dtype)
     padded = _with_nothing(features)  # elsewhere sizes that depend on the data cost more than they save
     for k in range(matrices.shape[0]):
-        total = total + padded[taps[k]] @ matrices[k]
+        at, rows = _met(taps[k], features.shape[0])
+        total[at] += features[rows] @ matrices[k]
     return total.to(features.dtype)
 
 
-def _with_nothing(features: Tensor) -> Tensor:
-    """(M, C) -> (M + 1, C): what a tap reads that meets no site."""
-    return torch.cat([features, features.new_zeros(1, features.shape[1])])
+def _met(rows: Tensor, sites: int) -> tuple[Tensor, Tensor]:
+    """One tap, (M',) -> where it meets a site, and which: where a convolution dilates, one tap in twenty does."""
+    at = (rows < sites).nonzero()[:, 0]
+    return at, rows[at]
 
 
 def _taps(sites: Tensor, at: Tensor, shape, kernel, stride, padding) -> Tensor:

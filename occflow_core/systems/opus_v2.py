@@ -111,7 +111,7 @@ PRESETS = {
         128,
         352,
         queries=600,
-        refines=(4, 8, 16),
+        refines=(4, 8, 8),
         samples=4,
         backbone="resnet18-half",
         channels=96,
@@ -399,7 +399,12 @@ class Densifier(nn.Module):
         sites, _, taps = ops.regular_taps(sites, grid.shape, AROUND, padding=(1, 1, 1))
         features = F.relu(self.spread(most, taps))
         taps = ops.submanifold_taps(sites, grid.shape, AROUND)
-        return Voxels(sites, self.name(features, taps), None if self.flow is None else self.flow(features, taps))
+        if self.flow is None:
+            return Voxels(sites, self.name(features, taps), None)
+        # both at once: most of the time goes into fetching neighbours
+        weight, bias = (torch.cat([a, b]) for a, b in zip(self.name.parameters(), self.flow.parameters(), strict=True))
+        said = convolve(features, taps, weight, bias).split([len(self.name.bias), 2], dim=1)
+        return Voxels(sites, *said)
 
 
 class Pool(nn.Module):
@@ -435,7 +440,12 @@ class Kernel(nn.Module):
 
     def forward(self, features: Tensor, taps: Tensor) -> Tensor:
         """See `ops.convolve`."""
-        return ops.convolve(features, taps, self.weight.permute(0, 4, 1, 2, 3), self.bias)
+        return convolve(features, taps, self.weight, self.bias)
+
+
+def convolve(features: Tensor, taps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`ops.convolve` with weights (out, x, y, z, in)."""
+    return ops.convolve(features, taps, weight.permute(0, 4, 1, 2, 3), bias)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
