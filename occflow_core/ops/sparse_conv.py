@@ -98,8 +98,8 @@ class _Convolve(torch.autograd.Function):
             back = back.scatter(1, taps, torch.arange(taps.shape[1], device=taps.device).expand_as(taps))
             of_features = _gather(gradient, back[:, :count], matrices.mT)
         if ctx.needs_input_grad[1]:
-            padded = _with_nothing(features)
-            of_matrices = torch.stack([padded[rows].mT @ gradient for rows in taps])
+            met = (_met(rows, features) for rows in taps)
+            of_matrices = torch.stack([features[rows].mT @ gradient[at] for at, rows in met])
         return of_features, of_matrices, None
 
 
@@ -109,20 +109,22 @@ def _gather(features: Tensor, taps: Tensor, matrices: Tensor) -> Tensor:
         taps.shape[1], matrices.shape[2], dtype=torch.promote_types(features.dtype, torch.float32)
     )
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
-        # most taps meet nothing, and only those that do are worked on
         for rows, matrix in zip(taps, matrices, strict=True):
-            meets = (rows < features.shape[0]).nonzero()[:, 0]
-            total.index_add_(0, meets, (features[rows[meets]] @ matrix).to(total.dtype))
+            at, rows = _met(rows, features)
+            total[at] += features[rows] @ matrix
         return total.to(features.dtype)
-    padded = _with_nothing(features)  # elsewhere sizes that depend on the data cost more than they save
+    # elsewhere, and in a program that is exported, sizes that depend on the data cost more than they save: what meets
+    # nothing meets a row of zeros
+    padded = torch.cat([features, features.new_zeros(1, features.shape[1])])
     for k in range(matrices.shape[0]):
         total = total + padded[taps[k]] @ matrices[k]
     return total.to(features.dtype)
 
 
-def _with_nothing(features: Tensor) -> Tensor:
-    """(M, C) -> (M + 1, C): what a tap reads that meets no site."""
-    return torch.cat([features, features.new_zeros(1, features.shape[1])])
+def _met(rows: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """One tap, (M',) -> where it meets a site, and which: where a convolution dilates, one tap in twenty does."""
+    at = (rows < features.shape[0]).nonzero()[:, 0]
+    return at, rows[at]
 
 
 def _taps(sites: Tensor, at: Tensor, shape, kernel, stride, padding) -> Tensor:

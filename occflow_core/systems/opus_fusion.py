@@ -117,6 +117,7 @@ PRESETS = {
         refines=(4, 16, 64),
         samples=2,
         mixed=16,
+        sweeps=3,
         lidar_width=4,
         backbone="resnet18-half",
         channels=96,

@@ -212,6 +212,15 @@ def test_opus_goes_on_in_the_middle_of_a_drive_as_if_nothing_had_happened(root, 
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_frozen_norms_are_those_of_the_backbone_and_all_others_learn(root, tmp_path):
+    run = with_settings(tiny.run(root, "opus-v2"), ["steps=1", "frozen_norms=true"])
+    train(run, tmp_path, "cpu", progress=False)
+    weights = load_file(tmp_path / "weights.safetensors")
+    means = {name: t for name, t in weights.items() if name.endswith("running_mean")}
+    assert {name.split(".")[0] for name in means} == {"backbone", "densifiers"}
+    assert all(bool(t.any()) != name.startswith("backbone") for name, t in means.items())
+
+
 # ---- several processes
 
 
