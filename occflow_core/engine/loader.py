@@ -174,10 +174,16 @@ def batches(dataset: Batches, workers: int, start: int, stop: int) -> Iterator[t
         multiprocessing_context="spawn" if workers else None,
         generator=torch.Generator(),  # else it would draw from the one that dropout draws from
     )
-    for batch in loader:
-        if isinstance(batch, Failure):
-            raise ValueError(batch.sentence)
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, Failure):
+                raise ValueError(batch.sentence)
+            yield batch
+    except (ConnectionError, EOFError) as problem:  # it died while a batch was being taken from its hands
+        raise RuntimeError(
+            "a worker that loads data was killed or exited unexpectedly, often for want of memory; lower data.workers "
+            "or data.cache"
+        ) from problem
 
 
 def coloured(clip: Clip, seed: int, number: int, lanes: range) -> Clip:
