@@ -179,10 +179,12 @@ def batches(dataset: Batches, workers: int, start: int, stop: int) -> Iterator[t
             if isinstance(batch, Failure):
                 raise ValueError(batch.sentence)
             yield batch
-    except (ConnectionError, EOFError) as problem:  # it died while a batch was being taken from its hands
+    except (OSError, EOFError) as problem:
+        if not workers:
+            raise
         raise RuntimeError(
-            "a worker that loads data was killed or exited unexpectedly, often for want of memory; lower data.workers "
-            "or data.cache"
+            f"a worker that loads data was killed or exited unexpectedly, often for want of memory ({problem}); lower "
+            "data.workers or data.cache"
         ) from problem
 
 
