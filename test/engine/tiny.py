@@ -170,6 +170,7 @@ def main() -> int:
 
     def dies(step, _):
         if first_life and os.environ.get("RANK", "0") == rank and step.number == int(last):
+            (Path(out) / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
