@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 PATIENCE = timedelta(hours=1)  # the others wait for the first one to make the world and to save
 
@@ -68,7 +69,12 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     if count == 1:
         yield Processes(0, 1, place)
         return
-    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+    # torchrun's store outlives the processes that it starts again: without a name for each life they may find the
+    # addresses of the dead, and wait for them (PyTorch 2.13 `_create_c10d_store`; earlier ones prefixed it themselves)
+    store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
+    store = distributed.PrefixStore(f"life-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     try:
         yield Processes(distributed.get_rank(), count, place)
     finally:

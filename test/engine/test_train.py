@@ -250,8 +250,7 @@ def test_torchrun_starts_again_where_a_process_was_lost(root, tmp_path):
     settings = ("steps=8", "batch=4", "save_every=3")
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert program("tiny", whole, root, *settings, processes=2).returncode == 0
-    # more than one: on a busy machine new processes may miss each other at first
-    done = program("tiny", torn, root, *settings, processes=2, restarts=3, DIES="1:4")
+    done = program("tiny", torn, root, *settings, processes=2, restarts=1, DIES="1:4")
     assert done.returncode == 0, done.stderr[-3000:]
     # it was really lost; torchrun tells of the other one, where that noticed first
     assert (torn / "died").exists() and not (whole / "died").exists()
