@@ -26,7 +26,7 @@ from rosgraph_msgs.msg import Clock
 
 NANO = 1_000_000_000
 TICK = 0.01  # s of wall time between two /clock messages; each wakes every node that lives by it
-LEAD = 0.5  # s of wall time in which the clock runs before the first message and after the last
+LEAD = 1.0  # s of wall time in which the clock runs before the first message and after the last
 ANSWER = "occflow_msgs/msg/VoxelFlow"
 IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 
