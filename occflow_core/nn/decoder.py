@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from ..types import Occupancy, Prediction
 from .points import Target, flow_loss, names_loss, points_loss
-from .queries import Attention, Mixing, branch
+from .queries import STEP, Attention, Mixing, branch
 from .voxels import decode
-
-STEP = 0.5  # m by which an output of one of the point branches moves a point (configs, `scales`)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+STEP = 0.5  # m by which an output of a `branch` of moves moves a point (configs, `scales`)
+
 
 class Mixing(nn.Module):
     """Sampled points mixed by matrices that the query makes (AdaMixer, arXiv 2203.16507), added to the query."""

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from ..geometry import OCC3D_GRID, Grid
 from ..nn import BACKBONES, FPN
-from ..nn.decoder import STEP, Layer, Output, losses, predictions, refined, targets
+from ..nn.decoder import Layer, Output, losses, predictions, refined, targets
 from ..nn.instants import Memory, View, encode, remember
 from ..nn.points import points_loss
+from ..nn.queries import STEP
 from ..nn.starts import SHARES, columns
 from ..types import OCC3D, OPENOCC, TABLES, Classes, Clip, Occupancy, Prediction
 from .base import OPUS_NAMES, opus_constants

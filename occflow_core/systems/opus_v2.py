@@ -40,12 +40,11 @@ from ..nn import BACKBONES, FPN
 from ..nn.instants import Memory, View, encode, remember
 from ..nn.losses import focal, mean_over_processes
 from ..nn.points import FLOW_WEIGHT, HIDDEN, NAME_WEIGHTS, NAMES_WEIGHT, RARE, Target, points_loss
-from ..nn.queries import Attention, Mixing, branch
+from ..nn.queries import STEP, Attention, Mixing, branch
 from ..nn.starts import SHARES, columns
 from ..types import OCC3D, OPENOCCUPANCY, TABLES, Classes, Clip, Occupancy, Prediction
 from .base import OPUS_NAMES, opus_constants
 
-STEP = 0.5  # m by which an output of the branch of moves moves a point (configs, `scales`)
 RARE_NUMBERS = (0, 2, 5, 8)  # classes that are rare as published, in every table (`opus_head.py`, a default)
 AROUND = (3, 3, 3)  # voxels that a convolution sees
 
