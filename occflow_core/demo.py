@@ -1,6 +1,6 @@
 """The whole path on one machine: a recorded drive, the real node, real ROS 2 between separate processes.
 
-    replay process -> DDS -> node process -> DDS -> this process (records) -> output bag, pictures, summary.json
+replay process -> DDS -> node process -> DDS -> this process (records) -> output bag, pictures, summary.json
 """
 
 import os

@@ -219,9 +219,7 @@ class Clip:
 
     def to(self, device) -> "Clip":
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "points"}
-        return replace(
-            self, **moved, points=None if self.points is None else tuple(p.to(device) for p in self.points)
-        )
+        return replace(self, **moved, points=None if self.points is None else tuple(p.to(device) for p in self.points))
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ def _opened(path: Path) -> Reader:
 
 
 def _type(name: str) -> type | None:
-    """"sensor_msgs/msg/Image" -> its class, None where the package is not installed."""
+    """ "sensor_msgs/msg/Image" -> its class, None where the package is not installed."""
     package, _, kind = name.split("/")
     try:
         return getattr(importlib.import_module(f"{package}.msg"), kind, None)

@@ -230,9 +230,10 @@ def _slope(t: np.ndarray) -> np.ndarray:
 
 def _turn(rotation: np.ndarray) -> np.ndarray:
     """Rotation (3, 3) -> axis times angle (3,), rad. Half a turn has no sign; any is taken."""
-    sine = np.array(
-        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
-    ) / 2
+    sine = (
+        np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])
+        / 2
+    )
     size, cosine = np.linalg.norm(sine), (np.trace(rotation) - 1) / 2
     angle = np.arctan2(size, cosine)
     if size > 1e-9:

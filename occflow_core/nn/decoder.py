@@ -24,6 +24,7 @@ class Output:
     points: tuple[Tensor, ...]  # (B, Q, P, 3) m, car frame now
     logits: tuple[Tensor, ...]  # (B, Q, P, K)
     flow: tuple[Tensor, ...] | None  # (B, Q, P, 2) m/s over ground, car frame now
+    sight: Any = None  # `sight.Sight` of a network whose points look for themselves
 
 
 class Looks(Protocol):

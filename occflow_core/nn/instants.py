@@ -4,7 +4,7 @@ B batch, T time (newest first), N cameras, L pyramid levels, R rows of a camera'
 Q queries, S points of a query's group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,6 +118,16 @@ class View:
             pixels_from_now=torch.stack([torch.stack([_pixels_from_now(e) for e in lane]) for lane in windows]),
             used=torch.stack([torch.stack([entry.used for entry in lane]) for lane in windows]),
         )
+
+    def finest(self, change: Callable[[Tensor], Tensor]) -> "View":
+        """The finest level alone, of every instant, each of its rows (N, H*W, C) changed."""
+        height, width = self.sizes[0]
+        rows = [[change(rows[:, : height * width]).float() for rows in lane] for lane in self.rows]
+        return replace(self, rows=rows, sizes=self.sizes[:1])
+
+    def now(self, rows: Tensor, size: tuple[int, int]) -> "View":
+        """Other rows (B, N, H*W, C), of one level, in the place of the newest instant's; no other instant."""
+        return View([[lane] for lane in rows], (size,), self.picture, self.pixels_from_now[:, :1], self.used[:, :1])
 
     def sample(self, points: Tensor, weights: Tensor, as_published: bool) -> Tensor:
         """Features (B, Q, G, T*S, C) of points (B, Q, G, S, 3) in metres, levels weighed by (B, Q, G, S, L)."""

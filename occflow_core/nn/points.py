@@ -17,7 +17,7 @@ from .losses import focal, mean_over_processes, smooth_l1
 
 # ---- losses (`opus_head.py`; the numbers stand there as defaults, not in the configs)
 POINTS_WEIGHT, NAMES_WEIGHT = 0.5, 2.0
-FLOW_WEIGHT = 0.05  # ours: at 0.25 its few points drown what the names' many say
+FLOW_WEIGHT = 0.1  # ours: at 0.25 its few points drown what the names' many say
 BETA = 0.2  # m, where the loss of a distance turns from a square into a line
 NEAR = 0.2  # m: a voxel that the camera sees and whose nearest point is farther away counts FAR_WEIGHT times
 FAR_WEIGHT, RARE_WEIGHT = 5.0, 10.0

@@ -17,6 +17,8 @@ Where `Config.as_published` is off (our own recipes), also:
 - a point that strays from every voxel is called nothing, where the authors call it after the nearest one, and what no
   camera sees counts little.
 Where `Config.flow` is on: every point also has a velocity.
+Where `Config.look` is not 0: every cell of the finest maps tells how far it sees and what, learned from rays through
+the truth, and every point of the last layer is named once more by what the cells say before which it lies (`nn.sight`).
 
 B batch, T time (newest first), N cameras, R rows of a camera's pyramid, Q queries, P points of a query, G groups,
 S sampled points of a group and time, C channels, K classes.
@@ -34,6 +36,7 @@ from ..nn.decoder import Layer, Output, losses, predictions, refined, targets
 from ..nn.instants import Memory, View, encode, remember
 from ..nn.points import points_loss
 from ..nn.queries import STEP
+from ..nn.sight import Look, Pixels, sight_losses
 from ..nn.starts import SHARES, columns
 from ..types import OCC3D, OPENOCC, TABLES, Classes, Clip, Occupancy, Prediction
 from .base import OPUS_NAMES, opus_constants
@@ -58,6 +61,7 @@ class Config:
     threshold: float = 0.5  # a score above this makes a voxel occupied
     closing: bool = True  # whether gaps between occupied voxels are closed
     flow: bool = False  # whether each point has a velocity
+    look: int = 0  # channels of what each point sees for itself; 0: it is named by its query alone
     as_published: bool = True  # the authors' sampling rules, oddities included; their weights need them
     grid: Grid = field(default=OCC3D_GRID)  # where occupancy is told
     classes: str = OCC3D.table  # which table of classes
@@ -72,6 +76,8 @@ class Config:
             )
         if self.channels % self.groups or self.channels % self.heads:
             raise ValueError(f"opus: {self.groups} groups or {self.heads} heads do not divide {self.channels} channels")
+        if self.look < 0:
+            raise ValueError(f"opus: look is a number of channels, or 0 for none; got {self.look}")
         if not self.refines or min(*self.refines, self.queries, self.samples, self.frames) < 1:
             raise ValueError("opus: refines, queries, samples and frames must be positive")
 
@@ -102,6 +108,7 @@ PRESETS = {
         dropout=0.0,
         threshold=0.2,
         flow=True,
+        look=48,
         as_published=False,
         classes=OPENOCC.table,
     ),
@@ -145,6 +152,9 @@ class Opus(nn.Module):
         before = (1, *config.refines[:-1])
         looked = config.samples * config.frames
         self.layers = nn.ModuleList(Layer(config, *p, looked) for p in zip(before, config.refines, strict=True))
+        classes = len(config.table.names)
+        self.pixels = Pixels(config.channels, classes) if config.look else None
+        self.look = Look(config.channels, config.look, config.frames, classes, config.flow) if config.look else None
         if not config.as_published:  # a column is not a guess that could be better
             self.queries.weight.requires_grad_(False)
         for name, values in zip(("mean", "std"), self.backbone.normal, strict=True):
@@ -163,6 +173,8 @@ class Opus(nn.Module):
         shares = [0.01 if config.as_published else SHARES[name] for name in config.table.names]
         for layer in self.layers:
             layer.initialise(torch.tensor(shares if prior is None else [prior] * len(shares)))
+        if self.look is not None:
+            self.look.initialise()
         if config.as_published:
             nn.init.uniform_(self.queries.weight)
         else:
@@ -180,7 +192,11 @@ class Opus(nn.Module):
         windows, memory = remember(clip, rows, memory, config.frames)
         view = View.of(windows, sizes)
         begin = self.queries.weight.expand(len(windows), -1, -1)
-        return refined(self.layers, begin, view, config), memory
+        output = refined(self.layers, begin, view, config)
+        if self.look is not None:
+            sight = self.pixels(rows[:, 0], sizes[0], clip.cameras[:, 0], clip.used[:, 0])
+            output = self.look(output, view, sight)
+        return output, memory
 
     def loss(self, output: Output, truth: Occupancy) -> dict[str, Tensor]:
         """Scalars to be added up: where the points of the queries begin, and of each layer where its points are, what
@@ -193,6 +209,8 @@ class Opus(nn.Module):
         if published:
             begin = self.config.grid.metres(self.queries.weight).expand(len(lanes), -1, -1)
             terms["points begin"] = points_loss(begin, lanes, published)[0]
+        if output.sight is not None:
+            terms |= sight_losses(output.sight, truth)
         return terms | losses(output, lanes, published)
 
     def decode(self, output: Output) -> list[Prediction]:

@@ -27,6 +27,7 @@ OPTIONS = {  # each of them must change something
         "threshold": 0.6,
         "closing": False,
         "flow": False,
+        "look": 8,
         "as_published": True,
         "grid": Grid((-12.0, -10.0, -1.0), (0.8, 1.0, 0.8), (24, 20, 8)),
         "classes": OPENOCC.table,

@@ -159,6 +159,7 @@ def test_a_scene_needs_a_sweep_but_not_points_tracks_or_labels():
 @pytest.fixture
 def both(monkeypatch):
     """Calls a function with and without the compiled loops."""
+
     def call(work):
         fast = work()
         with monkeypatch.context() as patch:
@@ -208,5 +209,3 @@ def test_compiled_crossings_equal_the_definition(both):
     fast, plain = both(lambda: crossings(ends, np.zeros(3), pose, np.array([[2.0, 1.0, 1.0]])))
     assert all(np.allclose(a, b) for a, b in zip(fast, plain)) and len(fast[0]) > 50
     assert (fast[1] < fast[2]).all() and (fast[2] <= 1).all() and 1 not in fast[0]
-
-

@@ -200,5 +200,3 @@ def test_agreement_counts_what_it_says(labels):
     assert some.frames == 2 and some.worst == 5.0
     assert "| car |" in table([some, same]) and "**100.0 %**" in table([same])
     assert (occ3d_of_openocc(np.arange(17)) == [OCC3D.id(n) for n in OPENOCC.names] + [OCC3D.free]).all()
-
-

@@ -1,0 +1,149 @@
+"""What pixels see and what they say of points, in worlds of one wall."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from systems.rig import frame, ring
+
+from occflow_core.geometry import OCC3D_GRID
+from occflow_core.nn.decoder import Output
+from occflow_core.nn.instants import View
+from occflow_core.nn.sight import RANGES, Look, Pixels, Sight, _evidence, _met, _step, sight_losses
+from occflow_core.types import OCC3D, Clip, Occupancy
+
+SIZE, PICTURE, CLASSES = (8, 12), (64, 96), len(OCC3D.names)
+CAR = OCC3D.id("car")
+
+
+def wall(at=10.0, lanes=1):
+    """A car as high as the world stands at x = `at`, across all of y; nothing else is."""
+    labels = torch.full((lanes, *OCC3D_GRID.shape), OCC3D.free, dtype=torch.uint8)
+    labels[:, int((at - OCC3D_GRID.low[0]) / OCC3D_GRID.voxel[0])] = CAR
+    return Occupancy(OCC3D_GRID, OCC3D, labels, None, torch.ones_like(labels, dtype=torch.bool))
+
+
+def cameras(lanes=1):
+    one = Clip.of(frame(*PICTURE)).cameras[:, 0]
+    return one if lanes == 1 else type(one)(*(t.repeat(lanes, 1, 1, 1) for t in matrices(one)), *PICTURE)
+
+
+def matrices(c):
+    return c.pixels_from_camera, c.car_from_camera
+
+
+def sight(lanes=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    cells = SIZE[0] * SIZE[1]
+    ranges = torch.randn(lanes, 3, cells, RANGES + 1, generator=generator)
+    names = torch.randn(lanes, 3, cells, CLASSES, generator=generator)
+    return Sight(ranges, names, SIZE, cameras(lanes), torch.ones(lanes, 3, dtype=torch.bool))
+
+
+def knowing(truth):
+    """A sight that is sure of what the rays meet."""
+    hit, step, label = _met(truth, 0, cameras()[0], SIZE)
+    low, share = step.long(), step.frac()
+    ranges = torch.full((len(hit), RANGES + 1), 1e-9)
+    ranges[torch.arange(len(hit)), low] += 1 - share
+    ranges[torch.arange(len(hit)), low + 1] += share
+    ranges[~hit] = 1e-9
+    ranges[~hit, RANGES] = 1.0
+    names = 20.0 * torch.nn.functional.one_hot(torch.where(hit, label, 0), CLASSES)
+    ranges, names = (t.view(1, 3, SIZE[0] * SIZE[1], -1) for t in (ranges.log(), names))
+    return replace(sight(), ranges=ranges, names=names)
+
+
+def view(lanes=1):
+    """One instant of the same cameras, no features."""
+    matrix = cameras(lanes).pixels_from_car()[:, None].float()
+    rows = [[torch.zeros(3, SIZE[0] * SIZE[1], 4)] for _ in range(lanes)]
+    return View(rows, (SIZE,), PICTURE, matrix, torch.ones(lanes, 1, 3, dtype=torch.bool))
+
+
+def test_rays_meet_the_wall_where_it_stands():
+    hit, step, label = (t.view(3, *SIZE) for t in _met(wall(), 0, cameras()[0], SIZE))
+    ahead = ring(3, *PICTURE)
+    for row, column in ((0, 6), (3, 0), (4, 11), (7, 5)):
+        pixel = torch.tensor([[(column + 0.5) * 96 / 12, (row + 0.5) * 64 / 8]], dtype=torch.float64)
+        begin = ahead[0].car_from_camera[:3, 3]
+        way = ahead[0].unproject(pixel, torch.ones(1, dtype=torch.float64))[0] - begin
+        meets = begin + way * (10.2 - begin[0]) / way[0]  # the middle of the wall's voxels
+        inside = bool((meets > torch.tensor(OCC3D_GRID.low)).all() and (meets < torch.tensor(OCC3D_GRID.high)).all())
+        assert bool(hit[0, row, column]) == inside
+        if inside:
+            assert label[0, row, column] == CAR
+            # voxels are 0.4 m wide: their middle is 0.3 m from where the ray is there at most
+            near, far = _step(meets - meets / meets[:2].norm() * 0.4), _step(meets + meets / meets[:2].norm() * 0.4)
+            assert near < step[0, row, column] < far
+    assert hit[0].any() and not hit[1, :, :1].any()  # the second camera looks back to the left
+
+
+def test_to_know_costs_least():
+    truth = wall()
+    best, other = sight_losses(knowing(truth), truth), sight_losses(sight(), truth)
+    assert best["pixels' names"] < 1e-4 < other["pixels' names"]
+    hit, step, _ = _met(truth, 0, cameras()[0], SIZE)
+    share = torch.stack([step.frac(), 1 - step.frac()])[:, hit]
+    entropy = -(share * share.log()).nan_to_num().sum() / len(hit)  # of a range between two steps
+    assert best["pixels' ranges"] == pytest.approx(float(0.3 * entropy), rel=1e-3)
+    assert other["pixels' ranges"] > 2 * best["pixels' ranges"]
+
+
+def test_lanes_are_averaged_and_unused_cameras_say_nothing():
+    truth, both = wall(lanes=2), sight(lanes=2)
+    together = sight_losses(both, truth)
+    apart = [
+        sight_losses(replace(both, ranges=both.ranges[b : b + 1], names=both.names[b : b + 1], cameras=cameras(),
+                             used=both.used[:1]), wall())
+        for b in range(2)
+    ]  # fmt: skip
+    for name, value in together.items():
+        assert value == pytest.approx(float(sum(a[name] for a in apart)) / 2, rel=1e-5)
+    one = sight()
+    blind = replace(one, used=torch.tensor([[True, False, True]]))
+    changed = replace(blind, ranges=one.ranges + torch.tensor([0, 50.0, 0])[None, :, None, None] * torch.randn(33))
+    assert sight_losses(blind, wall()) == sight_losses(changed, wall())
+    nobody = replace(one, ranges=one.ranges.requires_grad_(), used=torch.zeros(1, 3, dtype=torch.bool))
+    terms = sight_losses(nobody, wall())
+    assert all(t == 0 for t in terms.values())
+    sum(terms.values()).backward()
+
+
+def test_a_point_is_told_whether_it_lies_before_in_or_behind_the_wall():
+    points = torch.tensor([[5.0, 0, 1.5], [10.2, 0, 1.5], [16.0, 0, 1.5], [10.2, 0, 60.0], [-10.0, 3, 1.0]])
+    said = _evidence(points.view(1, 1, -1, 3), view(), knowing(wall()))[0, 0]
+    here, before = said[:, 0], said[:, 1]
+    assert here[1] > 0.4 and here[[0, 2]].max() < 1e-3
+    assert before[0] < 1e-3 and before[2] > 0.99 and 0.3 < before[1] <= 1
+    assert said[1, 5:5 + CLASSES].argmax() == CAR  # fmt: skip
+    assert not said[3, :2].any() and not said[3, 4:].any()  # no camera looks there
+
+
+def test_points_stay_what_their_queries_say_until_something_is_learned():
+    torch.manual_seed(0)
+    look = Look(4, 8, 1, CLASSES, flow=True)
+    points = torch.rand(1, 5, 6, 3) * 20 - 10
+    output = Output((points,), (torch.randn(1, 5, 6, CLASSES),), (torch.randn(1, 5, 6, 2),))
+    look.initialise()
+    same = look(output, view(), sight())
+    assert torch.equal(same.logits[0], output.logits[0]) and torch.equal(same.flow[0], output.flow[0])
+    torch.nn.init.normal_(look.say[-1].weight)
+    other = look(output, view(), sight())
+    assert not torch.equal(other.logits[0], output.logits[0]) and not torch.equal(other.flow[0], output.flow[0])
+    assert other.points is output.points
+
+
+def test_pixels_are_learned_from_rays():
+    """Sixty steps on one picture of noise: its cells learn what is before them."""
+    torch.manual_seed(0)
+    pixels, rows, truth = Pixels(16, CLASSES), torch.randn(1, 3, SIZE[0] * SIZE[1], 16), wall()
+    adam, costs = torch.optim.Adam(pixels.parameters(), 1e-2), []
+    for _ in range(60):
+        said = pixels(rows, SIZE, cameras(), torch.ones(1, 3, dtype=torch.bool))
+        cost = sum(sight_losses(said, truth).values())
+        adam.zero_grad()
+        cost.backward()
+        adam.step()
+        costs.append(float(cost))
+    assert costs[-1] < 0.2 * costs[0]
