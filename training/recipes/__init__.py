@@ -3,10 +3,11 @@
 from functools import partial
 
 from .demo import demo
-from .opus import FAMILIES, SIZES, opus_fusion_world, opus_v2_world, published
+from .opus import FAMILIES, SIZES, opus_fusion_world, opus_v2_world, opus_world, published
 
 RECIPES = {
     "demo": demo,
+    "opus_world": opus_world,
     "opus_v2_world": opus_v2_world,
     "opus_fusion_world": opus_fusion_world,
     # opus_tiny, opus_v2_tiny, opus_fusion_tiny, ...

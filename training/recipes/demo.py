@@ -21,8 +21,7 @@ def demo() -> Run:
             # three keyframes in a row, then another street: what follows each other is too alike to learn much from
             parts=4,
             view=False,
-            # traffic keeps to the right and drives ahead: mirrored it would do neither, and its velocity could not be told
-            # from where it is
+            # traffic keeps right and drives ahead: in a mirrored world where a car is would not tell how fast it is
             flips=False,
             colours=False,  # an hour is too short to learn that colours do not matter; weather and light differ anyway
             cache=4.0,
