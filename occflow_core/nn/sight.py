@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..geometry import Cameras
-from ..types import Occupancy
+from ..types import Occupancy, Prediction
 from .decoder import Output
 from .instants import View
 from .losses import mean_over_processes
@@ -25,6 +25,7 @@ from .points import NAME_WEIGHTS
 RANGES, NEAREST, FARTHEST = 32, 1.0, 60.0  # steps of the range, each a seventh longer than the one before; m
 RANGE_WEIGHT, NAME_WEIGHT, NOTHING_WEIGHT = 0.3, 0.2, 0.3  # of the losses; and of pixels whose ray meets nothing
 PLACE = 20  # numbers that `_place` makes of a point
+FINER = 2  # surfaces are read this many times as densely as the cells lie, along either side: else rays slip between
 TINY = 1e-3  # below this a probability says no more
 
 
@@ -113,27 +114,92 @@ def sight_losses(sight: Sight, truth: Occupancy) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def filled(said: Prediction, sight: Sight, lane: int, velocities: tuple[Tensor, Tensor] | None, threshold: float):
+    """The prediction, and where it is free the voxels in which a pixel sees its surface, surer than `threshold`.
+
+    What is thin or small falls between the points of the queries, but not between pixels. velocities: points (P, 3) and
+    how fast they are, (P, 2); such a voxel is as fast as the point nearest to its middle.
+    """
+    points, label, score = _surfaces(sight, lane)
+    index, inside = said.grid.index(points)
+    labels = said.labels.flatten().clone()
+    _, ny, nz = said.grid.shape
+    voxel = (index[:, 0] * ny + index[:, 1]) * nz + index[:, 2]
+    sure = inside & (score > threshold)
+    sure &= labels[torch.where(inside, voxel, 0)] == said.classes.free
+    best = score[sure].argsort(descending=True, stable=True)  # of the pixels that see one voxel the surest counts
+    voxel, order = voxel[sure][best].sort(stable=True)
+    first = torch.cat([voxel.new_ones(1), voxel.diff()])[: len(voxel)].bool()
+    chosen = sure.nonzero()[:, 0][best][order][first]
+    voxel = voxel[first]
+    labels[voxel] = label[chosen].to(labels)
+    scores, flow = said.score.flatten().clone(), said.flow
+    scores[voxel] = score[chosen].to(scores)
+    if flow is not None and velocities is not None and len(voxel):
+        where, speed = velocities
+        flow = flow.flatten(0, -2).clone()
+        flow[voxel] = speed[ops.nearest(points[chosen].to(where), where)].to(flow)
+        flow = flow.view(*said.labels.shape, 2)
+    shape = said.labels.shape
+    return replace(said, labels=labels.view(shape), score=scores.view(shape), flow=flow)
+
+
+def _surfaces(sight: Sight, lane: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the used cameras of a lane see, FINER times as densely as the cells lie: points (M, 3) m, classes (M,) and
+    how sure both are, (M,). A range is the mean around its likeliest step."""
+    used = sight.used[lane]
+    cameras, size = sight.cameras[lane][used], tuple(FINER * n for n in sight.size)
+
+    def read(logits: Tensor) -> Tensor:
+        maps = logits[lane][used].softmax(dim=-1).mT.unflatten(-1, sight.size)
+        return F.interpolate(maps, size, mode="bilinear", align_corners=False).flatten(2).mT.flatten(0, 1)
+
+    ranges, names = read(sight.ranges)[:, :RANGES], read(sight.names)
+    around = ranges.argmax(dim=-1).clamp(1, RANGES - 2)[:, None] + torch.arange(-1, 2, device=ranges.device)
+    share = ranges.gather(-1, around)
+    sure = share.sum(dim=-1)
+    away = NEAREST * ((share * around).sum(dim=-1) / sure.clamp_min(TINY) * _ratio()).exp()
+    begin, way = _rays(cameras, size)
+    # where the ray through a cell's middle is so far from the car's origin, over ground
+    a, b = way[:, :2].square().sum(dim=-1), (begin * way)[:, :2].sum(dim=-1)
+    c = begin[:, :2].square().sum(dim=-1) - away**2
+    points = begin + way * (((b * b - a * c).clamp_min(0).sqrt() - b) / a)[:, None]
+    best, label = names.max(dim=-1)
+    return points, label, sure * best
+
+
+@torch.no_grad()
 def _met(truth: Occupancy, lane: int, cameras: Cameras, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """What the ray through the middle of each cell of cameras (N) meets: whether anything, (N*H*W,) bool, the `_step`
     of its range, float, and its class, int64."""
     grid, labels = truth.grid, truth.labels[lane]
-    v, u = (torch.arange(n, device=labels.device) + 0.5 for n in size)
-    v, u = torch.meshgrid(v / size[0] * cameras.height, u / size[1] * cameras.width, indexing="ij")
-    pixels = torch.stack([u, v], dim=-1).view(1, -1, 2).expand(len(cameras), -1, -1)
-    ahead = cameras.unproject(pixels, torch.ones_like(pixels[..., 0]))
-    begin = cameras.car_from_camera[:, None, :3, 3].expand_as(ahead)
+    begin, way = _rays(cameras, size)
     low, edge = begin.new_tensor(grid.low), begin.new_tensor(grid.voxel)
-    start, way = ((begin - low) / edge).flatten(0, 1), ((ahead - begin) / edge).flatten(0, 1)
-    distance, index = ops.cast(labels != truth.classes.free, start, way)
+    distance, index = ops.cast(labels != truth.classes.free, (begin - low) / edge, way / edge)
     label = labels[index.unbind(1)].long()
     centre = (index + 0.5) * edge + low
     return (distance > 0) & (label != truth.classes.free), _step(centre), label
 
 
+def _rays(cameras: Cameras, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Begin and way, (N*H*W, 3) m each, of the rays through the middles of cells of cameras (N), as float32."""
+    v, u = (torch.arange(n, device=cameras.car_from_camera.device) + 0.5 for n in size)
+    v, u = torch.meshgrid(v / size[0] * cameras.height, u / size[1] * cameras.width, indexing="ij")
+    pixels = torch.stack([u, v], dim=-1).view(1, -1, 2).expand(len(cameras), -1, -1).to(cameras.car_from_camera)
+    ahead = cameras.unproject(pixels, torch.ones_like(pixels[..., 0]))
+    begin = cameras.car_from_camera[:, None, :3, 3].expand_as(ahead)
+    return begin.flatten(0, 1).float(), (ahead - begin).flatten(0, 1).float()
+
+
+def _ratio() -> float:
+    """The logarithm of one step."""
+    return math.log(FARTHEST / NEAREST) / (RANGES - 1)
+
+
 def _step(points: Tensor) -> Tensor:
     """How far (..., 3) m lie from the car's origin, over ground, in the steps of RANGES: (...) in [0, RANGES - 1)."""
     away = points[..., :2].norm(dim=-1).clamp_min(NEAREST)
-    return ((away / NEAREST).log() * ((RANGES - 1) / math.log(FARTHEST / NEAREST))).clamp(0, RANGES - 1 - 1e-3)
+    return ((away / NEAREST).log() / _ratio()).clamp(0, RANGES - 1 - 1e-3)
 
 
 def _evidence(points: Tensor, view: View, sight: Sight) -> Tensor:

@@ -18,7 +18,8 @@ Where `Config.as_published` is off (our own recipes), also:
   camera sees counts little.
 Where `Config.flow` is on: every point also has a velocity.
 Where `Config.look` is not 0: every cell of the finest maps tells how far it sees and what, learned from rays through
-the truth, and every point of the last layer is named once more by what the cells say before which it lies (`nn.sight`).
+the truth; every point of the last layer is named once more by what the cells say before which it lies, and where a cell
+is sure of its surface the voxel there is filled, too (`nn.sight`).
 
 B batch, T time (newest first), N cameras, R rows of a camera's pyramid, Q queries, P points of a query, G groups,
 S sampled points of a group and time, C channels, K classes.
@@ -36,7 +37,7 @@ from ..nn.decoder import Layer, Output, losses, predictions, refined, targets
 from ..nn.instants import Memory, View, encode, remember
 from ..nn.points import points_loss
 from ..nn.queries import STEP
-from ..nn.sight import Look, Pixels, sight_losses
+from ..nn.sight import Look, Pixels, filled, sight_losses
 from ..nn.starts import SHARES, columns
 from ..types import OCC3D, OPENOCC, TABLES, Classes, Clip, Occupancy, Prediction
 from .base import OPUS_NAMES, opus_constants
@@ -215,7 +216,12 @@ class Opus(nn.Module):
 
     def decode(self, output: Output) -> list[Prediction]:
         """One prediction a lane."""
-        return predictions(output, self.config)
+        said = predictions(output, self.config)
+        if output.sight is None:
+            return said
+        points, flow = output.points[-1].flatten(1, 2), output.flow and output.flow[-1].flatten(1, 2)
+        moves = [None if flow is None else (points[b], flow[b]) for b in range(len(said))]
+        return [filled(p, output.sight, b, moves[b], self.config.threshold) for b, p in enumerate(said)]
 
     def constants(self) -> dict[str, Tensor]:
         """The authors' buffers that say which grid their weights are for."""

@@ -9,8 +9,8 @@ from systems.rig import frame, ring
 from occflow_core.geometry import OCC3D_GRID
 from occflow_core.nn.decoder import Output
 from occflow_core.nn.instants import View
-from occflow_core.nn.sight import RANGES, Look, Pixels, Sight, _evidence, _met, _step, sight_losses
-from occflow_core.types import OCC3D, Clip, Occupancy
+from occflow_core.nn.sight import RANGES, Look, Pixels, Sight, _evidence, _met, _step, filled, sight_losses
+from occflow_core.types import OCC3D, Clip, Occupancy, Prediction
 
 SIZE, PICTURE, CLASSES = (8, 12), (64, 96), len(OCC3D.names)
 CAR = OCC3D.id("car")
@@ -120,6 +120,35 @@ def test_a_point_is_told_whether_it_lies_before_in_or_behind_the_wall():
     assert not said[3, :2].any() and not said[3, 4:].any()  # no camera looks there
 
 
+def empty():
+    shape = OCC3D_GRID.shape
+    labels = torch.full(shape, OCC3D.free, dtype=torch.uint8)
+    return Prediction(OCC3D_GRID, OCC3D, labels, torch.zeros(shape), torch.zeros(*shape, 2))
+
+
+def test_where_pixels_are_sure_of_a_surface_its_voxels_are_filled():
+    before, at = empty(), int((10.0 - OCC3D_GRID.low[0]) / OCC3D_GRID.voxel[0])
+    at_wall = torch.tensor([[10.2, -2.0, 1.0], [10.2, 2.0, 1.0]]), torch.tensor([[1.0, 0.0], [7.0, 2.0]])
+    said = filled(before, knowing(wall()), 0, at_wall, 0.5)
+    full = (said.labels != OCC3D.free).nonzero()
+    assert len(full) > 40 and (full[:, 0] - at).abs().max() <= 1  # a range is told in steps, a wall in voxels
+    assert (said.labels[full.unbind(1)] == CAR).all() and (said.score[full.unbind(1)] > 0.5).all()
+    middle = OCC3D_GRID.shape[1] // 2
+    flow = said.flow[full.unbind(1)]
+    assert (flow[full[:, 1] < middle - 1] == at_wall[1][0]).all() and (flow[full[:, 1] > middle] == at_wall[1][1]).all()
+    assert not said.flow[said.labels == OCC3D.free].any() and not before.flow.any()
+    assert torch.equal(filled(before, knowing(wall()), 0, at_wall, 1.0).labels, before.labels)
+
+
+def test_what_points_say_stays_and_unused_cameras_fill_nothing():
+    once = filled(empty(), knowing(wall()), 0, None, 0.5)
+    assert not once.flow.any()
+    other = replace(once, labels=torch.where(once.labels == CAR, 0, once.labels))
+    assert torch.equal(filled(other, knowing(wall()), 0, None, 0.5).labels, other.labels)
+    blind = replace(knowing(wall()), used=torch.zeros(1, 3, dtype=torch.bool))
+    assert torch.equal(filled(empty(), blind, 0, None, 0.5).labels, empty().labels)
+
+
 def test_points_stay_what_their_queries_say_until_something_is_learned():
     torch.manual_seed(0)
     look = Look(4, 8, 1, CLASSES, flow=True)
@@ -145,5 +174,5 @@ def test_pixels_are_learned_from_rays():
         adam.zero_grad()
         cost.backward()
         adam.step()
-        costs.append(float(cost))
+        costs.append(cost.item())
     assert costs[-1] < 0.2 * costs[0]
