@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,38 @@ def _full_prediction() -> Prediction:
     mask = torch.rand(len(OCC3D_GRID), generator=rng) < 0.5
     parts = (t.reshape(*shape, *t.shape[1:]) for t in (labels, filled, flow, mask))
     return Prediction(OCC3D_GRID, OPENOCC, *parts)
+
+
+def bench_model(sets: int, model: str, weights: Path | None = None, device: str = "cpu") -> dict[str, Any]:
+    """What a network costs from six pictures of 1600 x 900 (and a made-up LiDAR scan, if it takes one) to voxels,
+    streaming at 2 Hz. Stages, each in ms (p50, p95, p99):
+
+    prepare: pictures to the network's size; network; voxels: decode; visibility: what the cameras observe; all. Errors
+    are those of `runtime.load`.
+    """
+    from .data import pattern
+    from .runtime import Stream, load
+    from .runtime.stream import made_up_points
+
+    loaded = load(model, weights, device)
+    config = loaded.system.config
+    points = made_up_points(config) if config.sweeps else None
+    stream, stages, warm_up = Stream(loaded), {}, config.frames
+    for k, frame in enumerate(pattern.drive(sets + warm_up, height=900, width=1600, rate=2.0)):
+        stream.step(replace(frame, points=points))
+        for name, seconds in stream.seconds.items() if k >= warm_up else ():
+            stages.setdefault(name, []).append(seconds)
+    stages["all"] = [sum(parts) for parts in zip(*stages.values(), strict=True)]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # kB on Linux
+    threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+    parameters = sum(p.numel() for p in loaded.system.parameters())
+    return {
+        "what": f"{loaded.name}, {parameters / 1e6:.1f} M parameters, {sets} sets, {threads}, process of {memory} MB",
+        "machine": machine(),
+        "ms": {name: _percentiles(seconds) for name, seconds in stages.items()},
+        "memory MB": memory,
+        "parameters": parameters,
+    }
 
 
 def bench_metrics(sets: int, device: str = "cpu") -> dict[str, Any]:

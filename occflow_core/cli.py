@@ -184,23 +184,32 @@ def convert(
 
 def bench(
     what: Annotated[
-        Literal["node", "metrics"],
-        "node: what the node costs beside the network; metrics: what it costs to score a sample",
+        Literal["node", "model", "metrics"],
+        "node: what the node costs beside the network; model: a network; metrics: what it costs to score a sample",
     ],
     /,
     sets: Annotated[int, "camera sets or samples to measure"] = 100,
     pictures: Annotated[
         Path | None, "node: folder with one JPEG a camera; without: generated pictures of 1600 x 900"
     ] = None,
-    device: Annotated[str | None, "metrics: where; without: the CPU"] = None,
+    model: Annotated[str | None, "model: its name, e.g. opus-v2-nano; without: opus-demo"] = None,
+    weights: Annotated[Path | None, "model: its weights; without: those that ship, else random ones"] = None,
+    device: Annotated[str | None, "model and metrics: where; without: the CPU"] = None,
     out: Annotated[Path | None, "also write the figures there as JSON"] = None,
 ) -> None:
     """Timings on this machine, as a table and as JSON."""
-    from .bench import bench_metrics, bench_node, table
+    from .bench import bench_metrics, bench_model, bench_node, table
 
-    if (pictures if what == "metrics" else device) is not None:
-        raise ValueError("bench: --pictures is for the node, --device for the metrics")
-    figures = bench_node(sets, pictures) if what == "node" else bench_metrics(sets, device or "cpu")
+    takers = {"pictures": ("node",), "model": ("model",), "weights": ("model",), "device": ("model", "metrics")}
+    for option, given in {"pictures": pictures, "model": model, "weights": weights, "device": device}.items():
+        if given is not None and what not in takers[option]:
+            raise ValueError(f"bench: --{option} is for {' and '.join(takers[option])}, not for {what}")
+    if what == "node":
+        figures = bench_node(sets, pictures)
+    elif what == "model":
+        figures = bench_model(sets, model or "opus-demo", weights, device or "cpu")
+    else:
+        figures = bench_metrics(sets, device or "cpu")
     print(table(figures))
     if out is not None:
         from .bench import write_json

@@ -24,7 +24,9 @@ def occflow(*arguments: str) -> subprocess.CompletedProcess:
         (("convert", "opus-nanoo", "a.pth", "b.safetensors"), "nearest is 'opus-nano'"),
         (("convert", "opus-tiny", "nowhere.pth", "b.safetensors"), "nowhere.pth"),
         (("bench", "node", "--pictures", "nowhere"), "nowhere"),
-        (("bench", "metrics", "--pictures", "nowhere"), "--pictures is for the node"),
+        (("bench", "metrics", "--pictures", "nowhere"), "--pictures is for node, not for metrics"),
+        (("bench", "node", "--model", "opus-demo"), "--model is for model, not for node"),
+        (("bench", "model", "--model", "opus-domo"), "opus-demo"),
         (("evaluate", "domo", "a.safetensors"), "nearest is 'demo'"),
         (("evaluate", "demo"), "--against truth or --make-average"),
         (("evaluate", "demo", "a.safetensors", "--sign", "team"), "expected field=value, got 'team'"),
@@ -118,6 +120,16 @@ def test_bench_metrics_prints_a_table_with_memory_and_writes_the_same_figures_as
     assert set(figures["ms"]) == {"mIoU", "RayIoU", "mAVE", "all"} and figures["memory MB"] > 0
     for stage, ms in figures["ms"].items():
         assert ms["p50"] > 0 and f"| {stage} | {ms['p50']} |" in ended.stdout
+
+
+def test_bench_model_tells_what_a_network_costs(tmp_path):
+    ended = occflow("bench", "model", "--model", "opus-demo", "--sets", "2", "--out", tmp_path / "model.json")
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads((tmp_path / "model.json").read_text())
+    assert set(figures["ms"]) == {"prepare", "network", "voxels", "visibility", "all"} and figures["parameters"] > 1e6
+    for stage, ms in figures["ms"].items():
+        assert ms["p50"] > 0 and f"| {stage} | {ms['p50']} |" in ended.stdout
+    assert "opus-demo, " in ended.stdout
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
@@ -138,9 +138,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
 
 
 def _config(kind: type, told: dict[str, Any]) -> Any:
-    """A system's Config from what `asdict` made of it; nothing more, nothing less."""
-    expected = {f.name for f in fields(kind)}
-    if told.keys() != expected:
-        raise ValueError(f"its config differs in {sorted(told.keys() ^ expected)}")
+    """A system's Config from what `asdict` made of it. A field that files of old lack has its default, which is what
+    was done then; a field that nobody knows is an error."""
+    known = {f.name for f in fields(kind)}
+    needed = {f.name for f in fields(kind) if f.default is f.default_factory is MISSING}
+    wrong = (told.keys() - known) | (needed - told.keys())
+    if wrong:
+        raise ValueError(f"its config differs in {sorted(wrong)}")
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
     return kind(**{name: Grid(**value) if isinstance(value, dict) else value for name, value in tuples.items()})

@@ -44,7 +44,7 @@ class Stream:
         black = torch.zeros(n, height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         used, stamps = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64)
         here = torch.eye(4, dtype=torch.float64)
-        points = _made_up_points(self.model.system.config) if self.model.system.config.sweeps else None
+        points = made_up_points(self.model.system.config) if self.model.system.config.sweeps else None
         self.step(Frame(black, cameras, used, stamps, 0, here, "warm-up", tuple(names), points))
         self.forget()
 
@@ -79,7 +79,7 @@ class Stream:
         return prediction
 
 
-def _made_up_points(config) -> Tensor:
+def made_up_points(config) -> Tensor:
     """As many points as a LiDAR of 32 beams has in the scans that the config wants, each scan at the same places."""
     unit = torch.rand(30_000, 4, generator=torch.Generator().manual_seed(0))
     scan = torch.cat([config.grid.metres(unit[:, :3]), 255 * unit[:, 3:]], dim=1)

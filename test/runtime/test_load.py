@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -77,15 +77,25 @@ def test_files_that_are_not_ours_are_refused_in_one_sentence(tmp_path):
         load("opus-nano", tmp_path / "cut.safetensors")
 
 
+def test_a_field_that_a_file_of_old_lacks_has_its_default(tmp_path):
+    path = tmp_path / "w.safetensors"
+    config = asdict(build().config)
+    assert config.pop("look") == 0
+    about = {"system": "opus", "preset": "nano", "resize": "fast", "trained": True, "config": config}
+    save_file(build().state_dict(), path, metadata={"occflow": json.dumps(about)})
+    assert load("opus-nano", path).system.config == build().config
+
+
 def test_weights_of_another_model_or_shape_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     save(build(PUBLISHED), "opus-tiny", "pillow", path, trained=True)
     with pytest.raises(ValueError, match="holds opus-tiny, not opus-nano"):
         load("opus-nano", path)
 
-    about = {"system": "opus", "preset": "nano", "resize": "fast", "trained": True, "config": {"height": 3}}
+    about = {"system": "opus", "preset": "nano", "resize": "fast", "trained": True, "config": {"height": 3, "tall": 1}}
     save_file(build().state_dict(), path, metadata={"occflow": json.dumps(about)})
-    with pytest.raises(ValueError, match=r"does not fit opus-nano: its config differs in \['as_published', 'backbone'"):
+    words = r"does not fit opus-nano: its config differs in \['queries', 'refines', 'samples', 'tall', 'width'\]"
+    with pytest.raises(ValueError, match=words):
         load("opus-nano", path)
 
     save(build(), "opus-nano", "fast", path, trained=True)

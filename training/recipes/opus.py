@@ -11,7 +11,7 @@ from .demo import demo
 
 FAMILIES, SIZES = ("opus", "opus-v2", "opus-fusion"), ("tiny", "small", "medium", "large")
 BATCH = 8  # the authors' eight GPUs, one lane each
-SMALL_STEPS = 300  # of two lanes: 600 keyframes
+SMALL_STEPS = 250  # of two lanes: 500 keyframes
 EPOCH = 3517  # steps: 28,130 keyframes in batches of eight
 
 
