@@ -74,24 +74,8 @@ def authors_tensors(config: opus_v2.Config) -> dict[str, tuple[int, ...]]:
 
 def authors_checkpoint(config: opus_v2.Config, seed=0) -> dict[str, torch.Tensor]:
     """Numbers under the authors' names, for the grid of the config, such that every term has something to say."""
-    made = {}
-    random = np.random.RandomState(seed)
-    for name, shape in sorted(authors_tensors(config).items()):
-        numbers = random.standard_normal(shape)
-        if name.endswith("num_batches_tracked"):
-            numbers = np.int64(7)
-        elif name.endswith("running_var"):
-            numbers = abs(numbers) + 0.5
-        elif name.endswith("init_points.weight"):
-            numbers = 0.5 + 0.3 * numbers  # some lie outside
-        elif name.endswith("prototype.weight"):
-            numbers = numbers * 0.7
-        elif len(shape) > 1:
-            numbers = numbers * (np.prod(shape[1:]) ** -0.5)
-        else:
-            numbers = 0.3 * numbers + (1.0 if name.endswith(".weight") else 0.0)
-        made[name] = torch.as_tensor(numbers) if name.endswith("tracked") else torch.as_tensor(numbers).float()
-    return made | opus_v2.OpusV2.constants(type("Grid only", (), {"config": config}))
+    grid = opus_v2.OpusV2.constants(type("Grid only", (), {"config": config}))
+    return small.numbered(authors_tensors(config), seed) | grid
 
 
 def build(config=CONFIG, seed=0) -> opus_v2.OpusV2:
