@@ -7,6 +7,7 @@ B batch, T time, N cameras, G groups, C channels of a group, Q queries, S points
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -33,6 +34,13 @@ def gradients(system, stored, names) -> tuple[set[str], set[str]]:
             if not close(parameters[ours].grad.flatten().numpy() @ random, stored[name]):
                 wrong.add(ours)
     return compared, wrong
+
+
+def wrong(terms, stored) -> set[str]:
+    """Names of the losses that are not those stored."""
+    expected = {name.removeprefix("loss "): float(stored[name]) for name in stored if name.startswith("loss ")}
+    assert terms.keys() == expected.keys()
+    return {name for name, value in terms.items() if value.item() != pytest.approx(expected[name], rel=CLOSE)}
 
 
 # ---- the published rules of a decoder

@@ -47,6 +47,7 @@ PARITY = replace(
     grid=Grid((-10.0, -10.0, -1.0), (1.0, 1.0, 0.8), (20, 20, 8)),  # its losses ask for a square
 )
 LANES, CAMERAS = 2, 6
+FAINT = 1.65  # less in every logit, and half of the voxels fall below the threshold
 SIZES = ((8, 12), (4, 6), (2, 3), (1, 2))
 
 
