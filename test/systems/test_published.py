@@ -1,0 +1,105 @@
+"""OPUS, OPUS-V2 and OPUS-V1-Fusion at every published size: built, filled from tensors laid out as published, and run
+forward and backward with two small pictures a camera."""
+
+import os
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from systems import small, small_fusion, small_v2
+from systems.rig import cloud, frame
+from torch.utils.checkpoint import checkpoint
+
+from occflow_core.geometry import OCC3D_GRID, OPENOCCUPANCY_GRID
+from occflow_core.systems import SYSTEMS
+from occflow_core.systems.base import load_strictly
+from occflow_core.types import Clip, Occupancy
+
+LAYOUT = {
+    "opus": (small.authors_tensors, 627),
+    "opus-v2": (small_v2.authors_tensors, 674),
+    "opus-fusion": (small_fusion.authors_tensors, 838),
+}
+NUMBERS = {  # of parameters, counted from the authors' modules
+    "opus": {"tiny": 77_707_068, "small": 73_804_692, "medium": 73_466_572, "large": 73_391_532},
+    "opus-v2": {
+        "tiny": 71_158_349,
+        "small": 67_294_929,
+        "medium": 66_717_799,
+        "large": 66_434_634,
+        "tiny-openoccupancy": 71_149_704,
+        "small-openoccupancy": 67_286_284,
+        "medium-openoccupancy": 66_709_154,
+        "large-openoccupancy": 66_425_989,
+    },
+    "opus-fusion": {"tiny": 89_406_852, "small": 75_587_508, "medium": 75_245_788, "large": 75_163_548},
+}
+SIZES = ("tiny", "small", "medium", "large")
+
+
+def test_these_are_all_that_are_as_published():
+    theirs = {name: {p for p, c in made.PRESETS.items() if c.as_published} for name, made in SYSTEMS.items()}
+    assert theirs == {name: set(presets) for name, presets in NUMBERS.items()}
+
+
+@pytest.mark.parametrize("system, preset", [(s, p) for s, presets in NUMBERS.items() for p in presets])
+def test_tensors_laid_out_as_published_fill_every_size(system, preset):
+    made, (authors_tensors, count) = SYSTEMS[system], LAYOUT[system]
+    config = made.PRESETS[preset]
+    with torch.device("meta"):
+        empty = made(config)
+        theirs = {name: torch.empty(shape) for name, shape in authors_tensors(config).items()}
+    assert len(theirs) == count
+    assert sum(p.numel() for p in empty.parameters()) == NUMBERS[system][preset]
+    theirs |= empty.constants()
+    assert len(theirs) == count
+    load_strictly(empty, theirs, made.NAMES, empty.constants())
+
+    grid = OPENOCCUPANCY_GRID if preset.endswith("openoccupancy") else OCC3D_GRID
+    assert config.grid == grid and config.threshold == (0.25 if system == "opus-v2" else 0.5)
+    assert config.queries * config.refines[-1] == 76_800
+    if system == "opus-fusion":
+        assert sum(p.numel() for p in empty.lidar.parameters()) == 8_451_024
+
+    last = f"pts_bbox_head.transformer.decoder.decoder_layers.{len(config.refines) - 1}.reg_branch.4.bias"
+    theirs[last] = torch.empty(3 * config.refines[-1] + 3, device="meta")
+    del theirs["img_neck.fpn_convs.3.conv.bias"]
+    with pytest.raises(ValueError, match=rf"shape: {last}: .*\n  missing here: neck.output.3.bias$"):
+        load_strictly(empty, theirs, made.NAMES, empty.constants())
+
+
+BIG = pytest.mark.skipif("OCCFLOW_BIG" not in os.environ, reason="takes minutes and gigabytes: OCCFLOW_BIG=1 runs it")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", [pytest.param(s, marks=BIG) if s in ("medium", "large") else s for s in SIZES])
+@pytest.mark.parametrize("system", list(SYSTEMS))
+def test_every_size_learns_from_what_it_says(system, size):
+    """Two times of 64x176, every other number as published."""
+    torch.manual_seed(0)
+    made = SYSTEMS[system]
+    config = replace(made.PRESETS[size], frames=2, height=64, width=176)
+    net = made(config).train()
+    if size in ("medium", "large"):
+        for layer in net.layers:  # computed again for its gradients: it keeps matrices of (heads, Q, Q) numbers
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    generator = torch.Generator().manual_seed(0)
+    now, before = (frame(64, 176, n=6, at=at, seed=i) for i, at in enumerate((0.5, 0.0)))
+    now = replace(now, points=cloud(generator, scans=2, points=6000))
+    output, _ = net(Clip.of([now, before]), None)
+
+    labels = torch.full((1, *config.grid.shape), config.table.free, dtype=torch.uint8)
+    where = tuple(torch.randint(0, n, (500,), generator=generator) for n in config.grid.shape)
+    labels[0, where[0], where[1], where[2]] = torch.randint(0, 17, (500,), generator=generator).to(torch.uint8)
+    terms = net.loss(output, Occupancy(config.grid, config.table, labels, None, labels < config.table.free))
+    assert [tuple(points.shape) for points in output.points] == [(1, config.queries, p, 3) for p in config.refines]
+    assert all(term.isfinite() and term > 0 for term in terms.values())
+    sum(terms.values()).backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        # one point has no spread, so that its offsets cannot matter; OPUS-V2's are in metres
+        alone = [i for i, points in enumerate((1, *config.refines)) if points == 1 and system != "opus-v2"]
+        silent = name in {f"layers.{i}.sampling.offset.{kind}" for i in alone for kind in ("weight", "bias")}
+        assert p.grad.any() != silent, name
