@@ -2,10 +2,10 @@
 
 `opus_parity.npz` holds what their `OPUSTransformer` and `OPUSHead` (github.com/jbwang1997/OPUS at dde42095) said on a
 CPU in float64: weights of `small_v1.authors_checkpoint` loaded by name, inputs of `small_v2.seen` and `truth`; first as
-in tests, lane by lane where they make voxels, there also of `small_v1.crowd`; then as in training, without dropout.
-mmcv's and mmdet's parts (attention, feed-forward block, losses, nearest neighbours, the first ten points of a voxel)
-were replaced by what they compute; pictures were looked into by their own PyTorch, not by their kernel.
-`small_v2.brief` shortens the rows, and gradients are mixed down to two numbers each.
+in tests, lane by lane where they make voxels; then as in training, without dropout. Votes and losses are also those of
+`small_v1.crowd`. mmcv's and mmdet's parts (attention, feed-forward block, losses, nearest neighbours, the first ten
+points of a voxel) were replaced by what they compute; pictures were looked into by their own PyTorch, not by their
+kernel. `small_v2.brief` shortens the rows, and gradients are mixed down to two numbers each.
 """
 
 from dataclasses import replace
@@ -135,6 +135,15 @@ def test_losses_and_gradients_are_the_authors():
 def test_another_number_in_the_losses_would_change_them(monkeypatch, name, value, which):
     monkeypatch.setattr(points, name, value)
     assert {term.split()[0] for term in wrong(terms_of(small_v1.as_theirs()))} == {which}
+
+
+@pytest.mark.parametrize("near, same", [(points.NEAR, True), (0.17, False), (0.23, False)])
+def test_a_crowd_costs_what_it_costs_the_authors_and_near_is_a_fifth_of_a_metre(monkeypatch, near, same):
+    monkeypatch.setattr(points, "NEAR", near)
+    where, logits = (torch.as_tensor(numbers) for numbers in small_v1.crowd())
+    terms = small_v1.as_theirs().loss(opus.Output((where,), (logits,), None), small_v2.truth())
+    assert terms["names 0"].item() == pytest.approx(float(STORED["crowd loss names"]), rel=parity.CLOSE)
+    assert (terms["points 0"].item() == pytest.approx(float(STORED["crowd loss points"]), rel=parity.CLOSE)) == same
 
 
 @torch.no_grad()
