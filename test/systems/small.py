@@ -85,20 +85,6 @@ def authors_tensors(config: opus.Config) -> dict[str, torch.Size]:
     return layers
 
 
-def authors_checkpoint(config: opus.Config, seed=0) -> dict[str, torch.Tensor]:
-    """Random tensors under the authors' names, for the grid of the config."""
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, shape in authors_tensors(config).items():
-        whole = name.endswith("num_batches_tracked")
-        made[name] = torch.tensor(7) if whole else 0.1 * torch.randn(shape, generator=generator)
-        if name.endswith("running_var"):
-            made[name] = made[name].abs() + 0.5
-    with torch.device("meta"):
-        constants = opus.Opus.constants
-    return made | constants(type("Grid only", (), {"config": config}))
-
-
 def numbered(shapes: dict[str, tuple[int, ...]], seed=0) -> dict[str, torch.Tensor]:
     """Numbers under the authors' names such that every term has something to say, from NumPy's RandomState, whose
     streams never change: the weights of the parity fixtures."""
@@ -119,3 +105,9 @@ def numbered(shapes: dict[str, tuple[int, ...]], seed=0) -> dict[str, torch.Tens
             numbers = 0.3 * numbers + (1.0 if name.endswith(".weight") else 0.0)
         made[name] = torch.as_tensor(numbers) if name.endswith("tracked") else torch.as_tensor(numbers).float()
     return made
+
+
+def authors_checkpoint(config: opus.Config, seed=0) -> dict[str, torch.Tensor]:
+    """Numbers under the authors' names, for the grid of the config, such that every term has something to say."""
+    grid = opus.Opus.constants(type("Grid only", (), {"config": config}))
+    return numbered(authors_tensors(config), seed) | grid

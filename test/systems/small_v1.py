@@ -7,7 +7,6 @@ change.
 from dataclasses import replace
 
 import numpy as np
-import torch
 from systems import small, small_v2
 from systems.small_v2 import LANES
 
@@ -28,15 +27,10 @@ PARITY = replace(
 )
 
 
-def authors_checkpoint(config=PARITY, seed=0) -> dict[str, torch.Tensor]:
-    grid = opus.Opus.constants(type("Grid only", (), {"config": config}))
-    return small.numbered(small.authors_tensors(config), seed) | grid
-
-
 def as_theirs(config=PARITY) -> opus.Opus:
-    """The system that speaks with the numbers of `authors_checkpoint`, in float64."""
+    """The system that speaks with the numbers of `small.authors_checkpoint`, in float64."""
     system = opus.Opus(config).eval()
-    load_strictly(system, authors_checkpoint(config), opus.NAMES, system.constants())
+    load_strictly(system, small.authors_checkpoint(config), opus.NAMES, system.constants())
     return system.double()
 
 

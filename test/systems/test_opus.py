@@ -383,15 +383,6 @@ def test_nothing_sure_is_nothing_there():
 # ---- configs and weights
 
 
-def test_the_published_sizes_have_the_published_numbers_of_parameters():
-    totals = {"tiny": 77_707_068, "small": 73_804_692, "medium": 73_466_572, "large": 73_391_532}
-    for name, total in totals.items():
-        with torch.device("meta"):
-            system = opus.Opus(opus.PRESETS[name])
-        assert sum(p.numel() for p in system.parameters()) == total, name
-        assert opus.PRESETS[name].queries * opus.PRESETS[name].refines[-1] == 76_800
-
-
 def test_an_untrained_nano_says_something_and_the_same_for_the_same_seed():
     nets = [seeded(opus.Opus(opus.PRESETS["nano"]), seed).eval() for seed in (0, 0, 1)]
     clip = Clip.of(frame(128, 352, n=6))

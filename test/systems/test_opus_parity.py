@@ -1,7 +1,7 @@
 """The whole decoder of OPUS V1 beside the authors' own, with their numbers.
 
 `opus_parity.npz` holds what their `OPUSTransformer` and `OPUSHead` (github.com/jbwang1997/OPUS at dde42095) said on a
-CPU in float64: weights of `small_v1.authors_checkpoint` loaded by name, inputs of `small_v2.seen` and `truth`; first as
+CPU in float64: weights of `small.authors_checkpoint` loaded by name, inputs of `small_v2.seen` and `truth`; first as
 in tests, lane by lane where they make voxels; then as in training, without dropout. Votes and losses are also those of
 `small_v1.crowd`. mmcv's and mmdet's parts (attention, feed-forward block, losses, nearest neighbours, the first ten
 points of a voxel) were replaced by what they compute; pictures were looked into by their own PyTorch, not by their
