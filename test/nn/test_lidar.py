@@ -28,6 +28,14 @@ def lively(module):
     return module.eval()
 
 
+def same(mine, theirs, leaves, close):
+    """Values and, through one random cotangent, gradients."""
+    assert torch.allclose(mine, theirs, rtol=close, atol=close), (mine - theirs).abs().max()
+    cotangent = torch.randn_like(mine)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, cotangent, retain_graph=True) for y in (mine, theirs))):
+        assert b.abs().max() > 0 and (a - b).abs().max() <= close * b.abs().max().clamp_min(1.0)
+
+
 def dense_encoder(net, sites, features, lanes):
     """The encoder on full volumes with a mask of what is active."""
     volume = features.new_zeros(lanes, features.shape[1], *SHAPE)
@@ -65,12 +73,12 @@ def dense_encoder(net, sites, features, lanes):
 def test_the_sparse_encoder_is_the_dense_one_with_a_mask():
     net = lively(SparseEncoder(5, 4)).double()
     sites, features = voxels()
-    features = features.double()
+    features = features.double().requires_grad_()
     mine = net(sites, features, 2, SHAPE)
     assert mine.shape == (2, 4 * 16, 6, 4)
     theirs = dense_encoder(net, sites, features, 2)
     assert theirs.abs().max() > 0.1
-    assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+    same(mine, theirs, [features, *net.parameters()], 1e-9)
 
 
 def test_at_published_size_the_blocks_hold_the_published_tensors():
@@ -98,7 +106,7 @@ def test_at_published_size_the_blocks_hold_the_published_tensors():
 
 def test_second_looks_at_two_sizes_and_its_neck_brings_them_together():
     second, neck = lively(Second(8, 4, depth=1)), lively(SecondFPN(4))
-    x = torch.randn(2, 8, 10, 12)
+    x = torch.randn(2, 8, 10, 12, requires_grad=True)
     maps = second(x)
     assert [tuple(m.shape) for m in maps] == [(2, 4, 10, 12), (2, 8, 5, 6)]
 
@@ -109,12 +117,11 @@ def test_second_looks_at_two_sizes_and_its_neck_brings_them_together():
     coarse = F.conv2d(fine, second.blocks[1][0].weight, stride=2, padding=1)
     coarse = F.relu(second.blocks[1][1](coarse))
     coarse = step(second.blocks[1][3], second.blocks[1][4], coarse)
-    whole = neck(maps)
-    assert whole.shape == (2, 16, 10, 12)
     first = F.relu(neck.deblocks[0][1](torch.einsum("oi,bihw->bohw", neck.deblocks[0][0].weight[:, :, 0, 0], fine)))
-    assert torch.allclose(whole[:, :8], first, atol=1e-5)
     spread = torch.einsum("iokl,bihw->bohkwl", neck.deblocks[1][0].weight, coarse).reshape(2, 8, 10, 12)
-    assert torch.allclose(whole[:, 8:], F.relu(neck.deblocks[1][1](spread)), atol=1e-5)
+    whole = torch.cat([first, F.relu(neck.deblocks[1][1](spread))], dim=1)
+    assert whole.shape == (2, 16, 10, 12)
+    same(neck(maps), whole, [x, *second.parameters(), *neck.parameters()], 1e-5)
 
 
 def test_gradients_reach_every_weight():

@@ -35,6 +35,43 @@ def test_a_bottleneck_strides_in_its_middle_convolution():
     assert (block.conv1.stride, block.conv2.stride, block.downsample[0].stride) == ((1, 1), (2, 2), (2, 2))
 
 
+def same(mine, theirs, leaves):
+    """Values and, through one random cotangent, gradients."""
+    assert torch.allclose(mine, theirs, atol=1e-5)
+    cotangent = torch.randn_like(mine)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, cotangent, retain_graph=True) for y in (mine, theirs))):
+        assert b.abs().max() > 0 and (a - b).abs().max() <= 1e-5 * b.abs().max().clamp_min(1.0)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_blocks_of_a_resnet_are_convolutions_and_norms_beside_a_shortcut(depth, place):
+    torch.manual_seed(0)
+    block = ResNet(depth, width=4).layer2[place].train()
+    for p in block.parameters():
+        if p.ndim == 1:
+            nn.init.normal_(p)
+    x = torch.randn(3, block.conv1.in_channels, 6, 8, requires_grad=True)
+
+    def step(x, k, stride=1):
+        conv, norm = getattr(block, f"conv{k}"), getattr(block, f"bn{k}")
+        return normed(F.conv2d(x, conv.weight, stride=stride, padding=conv.weight.shape[-1] // 2), norm)
+
+    def normed(x, norm):
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        return (x - mean) / (var + 1e-5).sqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+
+    stride, shortcut = (1, x) if place else (2, None)
+    if shortcut is None:
+        conv, norm = block.downsample
+        shortcut = normed(torch.einsum("oi,bihw->bohw", conv.weight[..., 0, 0], x[..., ::2, ::2]), norm)
+    if depth == 18:
+        y = step(step(x, 1, stride).clamp_min(0), 2)
+    else:
+        y = step(step(step(x, 1).clamp_min(0), 2, stride).clamp_min(0), 3)
+    same(block(x), (y + shortcut).clamp_min(0), [x, *block.parameters()])
+
+
 def test_other_depths_are_refused():
     with pytest.raises(ValueError, match="got 34"):
         ResNet(34)
@@ -45,7 +82,7 @@ def test_a_pyramid_adds_the_nearest_coarser_cell_and_smooths_every_level():
     neck = FPN([3, 5, 7], 4).eval()
     for p in neck.parameters():
         nn.init.normal_(p)
-    maps = [torch.randn(2, c, *size) for c, size in ((3, (9, 13)), (5, (5, 7)), (7, (3, 4)))]
+    maps = [torch.randn(2, c, *size, requires_grad=True) for c, size in ((3, (9, 13)), (5, (5, 7)), (7, (3, 4)))]
     lateral = [F.conv2d(m, x.weight, x.bias) for m, x in zip(maps, neck.lateral)]
     for fine in (1, 0):
         h, w = lateral[fine].shape[-2:]
@@ -53,5 +90,6 @@ def test_a_pyramid_adds_the_nearest_coarser_cell_and_smooths_every_level():
         rows, columns = torch.arange(h) * ch // h, torch.arange(w) * cw // w
         lateral[fine] = lateral[fine] + lateral[fine + 1][:, :, rows][:, :, :, columns]
     expected = [F.conv2d(m, x.weight, x.bias, padding=1) for m, x in zip(lateral, neck.output)]
-    for mine, theirs in zip(neck(maps), expected):
-        assert torch.allclose(mine, theirs, atol=1e-5)
+    assert [mine.shape for mine in neck(maps)] == [theirs.shape for theirs in expected]
+    mine, theirs = (torch.cat([x.flatten() for x in y]) for y in (neck(maps), expected))
+    same(mine, theirs, [*maps, *neck.parameters()])
