@@ -73,7 +73,7 @@ BIG = pytest.mark.skipif("OCCFLOW_BIG" not in os.environ, reason="takes minutes 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", [pytest.param(s, marks=BIG) if s in ("medium", "large") else s for s in SIZES])
 @pytest.mark.parametrize("system", list(SYSTEMS))
 def test_every_size_learns_from_what_it_says(system, size):
