@@ -24,6 +24,8 @@ from .points import NAME_WEIGHTS
 
 RANGES, NEAREST, FARTHEST = 32, 1.0, 60.0  # steps of the range, each a seventh longer than the one before; m
 RANGE_WEIGHT, NAME_WEIGHT, NOTHING_WEIGHT = 0.3, 0.2, 0.3  # of the losses; and of pixels whose ray meets nothing
+# seen at a grazing angle: where its range is a little short, such a surface floats and hides what is behind it
+FLAT = ("driveable_surface", "other_flat", "sidewalk", "terrain")
 PLACE = 20  # numbers that `_place` makes of a point
 FINER = 2  # surfaces are read this many times as densely as the cells lie, along either side: else rays slip between
 TINY = 1e-3  # below this a probability says no more
@@ -117,15 +119,17 @@ def sight_losses(sight: Sight, truth: Occupancy) -> dict[str, Tensor]:
 def filled(said: Prediction, sight: Sight, lane: int, velocities: tuple[Tensor, Tensor] | None, threshold: float):
     """The prediction, and where it is free the voxels in which a pixel sees its surface, surer than `threshold`.
 
-    What is thin or small falls between the points of the queries, but not between pixels. velocities: points (P, 3) and
-    how fast they are, (P, 2); such a voxel is as fast as the point nearest to its middle.
+    What is thin or small falls between the points of the queries, but not between pixels; what lies flat does not, and
+    stays as the points say. velocities: points (P, 3) and how fast they are, (P, 2); such a voxel is as fast as the
+    point nearest to where it is seen.
     """
     points, label, score = _surfaces(sight, lane)
     index, inside = said.grid.index(points)
     labels = said.labels.flatten().clone()
     _, ny, nz = said.grid.shape
     voxel = (index[:, 0] * ny + index[:, 1]) * nz + index[:, 2]
-    sure = inside & (score > threshold)
+    flat = label.new_tensor([said.classes.id(name) for name in FLAT if name in said.classes.names])
+    sure = inside & (score > threshold) & ~torch.isin(label, flat)
     sure &= labels[torch.where(inside, voxel, 0)] == said.classes.free
     best = score[sure].argsort(descending=True, stable=True)  # of the pixels that see one voxel the surest counts
     voxel, order = voxel[sure][best].sort(stable=True)
