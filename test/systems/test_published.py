@@ -1,7 +1,6 @@
 """OPUS, OPUS-V2 and OPUS-V1-Fusion at every published size: built, filled from tensors laid out as published, and run
 forward and backward with two small pictures a camera."""
 
-import os
 from dataclasses import replace
 from functools import partial
 
@@ -40,7 +39,7 @@ SIZES = ("tiny", "small", "medium", "large")
 
 def test_these_are_all_that_are_as_published():
     theirs = {name: {p for p, c in made.PRESETS.items() if c.as_published} for name, made in SYSTEMS.items()}
-    assert theirs == {name: set(presets) for name, presets in NUMBERS.items()}
+    assert {name: presets for name, presets in theirs.items() if presets} == {name: set(presets) for name, presets in NUMBERS.items()}
 
 
 @pytest.mark.parametrize("system, preset", [(s, p) for s, presets in NUMBERS.items() for p in presets])
@@ -69,13 +68,12 @@ def test_tensors_laid_out_as_published_fill_every_size(system, preset):
         load_strictly(empty, theirs, made.NAMES, empty.constants())
 
 
-BIG = pytest.mark.skipif("OCCFLOW_BIG" not in os.environ, reason="takes minutes and gigabytes: OCCFLOW_BIG=1 runs it")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("size", [pytest.param(s, marks=BIG) if s in ("medium", "large") else s for s in SIZES])
-@pytest.mark.parametrize("system", list(SYSTEMS))
+@pytest.mark.parametrize(
+    "size", [pytest.param(s, marks=pytest.mark.big) if s in ("medium", "large") else s for s in SIZES]
+)
+@pytest.mark.parametrize("system", list(LAYOUT))
 def test_every_size_learns_from_what_it_says(system, size):
     """Two times of 64x176, every other number as published."""
     torch.manual_seed(0)
