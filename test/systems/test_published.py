@@ -39,7 +39,8 @@ SIZES = ("tiny", "small", "medium", "large")
 
 def test_these_are_all_that_are_as_published():
     theirs = {name: {p for p, c in made.PRESETS.items() if c.as_published} for name, made in SYSTEMS.items()}
-    assert {name: presets for name, presets in theirs.items() if presets} == {name: set(presets) for name, presets in NUMBERS.items()}
+    ours = {name: presets for name, presets in theirs.items() if presets}  # a test's own system may be among them
+    assert ours == {name: set(presets) for name, presets in NUMBERS.items()}
 
 
 @pytest.mark.parametrize("system, preset", [(s, p) for s, presets in NUMBERS.items() for p in presets])
