@@ -9,7 +9,21 @@ from systems.rig import frame, ring
 from occflow_core.geometry import OCC3D_GRID
 from occflow_core.nn.decoder import Output
 from occflow_core.nn.instants import View
-from occflow_core.nn.sight import RANGES, Look, Pixels, Sight, _evidence, _met, _step, filled, sight_losses
+from occflow_core.nn.sight import (
+    FARTHEST,
+    FLAT,
+    NEAREST,
+    RANGES,
+    Look,
+    Pixels,
+    Sight,
+    _evidence,
+    _met,
+    _step,
+    _surfaces,
+    filled,
+    sight_losses,
+)
 from occflow_core.types import OCC3D, Clip, Occupancy, Prediction
 
 SIZE, PICTURE, CLASSES = (8, 12), (64, 96), len(OCC3D.names)
@@ -117,6 +131,7 @@ def test_a_point_is_told_whether_it_lies_before_in_or_behind_the_wall():
     assert here[1] > 0.4 and here[[0, 2]].max() < 1e-3
     assert before[0] < 1e-3 and before[2] > 0.99 and 0.3 < before[1] <= 1
     assert said[1, 5:5 + CLASSES].argmax() == CAR  # fmt: skip
+    assert torch.allclose(said[:, 5 + CLASSES :], said[:, 5 : 5 + CLASSES] * here[:, None])
     assert not said[3, :2].any() and not said[3, 4:].any()  # no camera looks there
 
 
@@ -140,6 +155,26 @@ def test_where_pixels_are_sure_of_a_surface_its_voxels_are_filled():
     assert torch.equal(filled(before, knowing(wall()), 0, at_wall, 1.0).labels, before.labels)
 
 
+def test_of_pixels_that_see_one_voxel_the_surest_names_it():
+    guess = replace(sight(), ranges=3 * sight().ranges, names=3 * sight(seed=1).names)
+    points, label, score = _surfaces(guess, 0)
+    index, inside = OCC3D_GRID.index(points)
+    best = {}
+    for at, name, sure in zip(index[inside].tolist(), label[inside].tolist(), score[inside].tolist(), strict=True):
+        if sure > 0.3 and OCC3D.names[name] not in FLAT and sure > best.get(tuple(at), (0.0, 0))[0]:
+            best[tuple(at)] = (sure, name)
+    said = filled(empty(), guess, 0, None, 0.3)
+    told = {tuple(at): int(said.labels[tuple(at)]) for at in (said.labels != OCC3D.free).nonzero().tolist()}
+    assert told == {at: name for at, (_, name) in best.items()} and len(told) > 10
+    assert int((score > 0.3).sum()) > 2 * len(told)  # many see the same
+
+
+def test_what_lies_flat_is_left_to_the_points():
+    truth = wall()
+    road = torch.where(truth.labels == CAR, OCC3D.id("driveable_surface"), truth.labels)
+    assert torch.equal(filled(empty(), knowing(replace(truth, labels=road)), 0, None, 0.5).labels, empty().labels)
+
+
 def test_what_points_say_stays_and_unused_cameras_fill_nothing():
     once = filled(empty(), knowing(wall()), 0, None, 0.5)
     assert not once.flow.any()
@@ -147,6 +182,17 @@ def test_what_points_say_stays_and_unused_cameras_fill_nothing():
     assert torch.equal(filled(other, knowing(wall()), 0, None, 0.5).labels, other.labels)
     blind = replace(knowing(wall()), used=torch.zeros(1, 3, dtype=torch.bool))
     assert torch.equal(filled(empty(), blind, 0, None, 0.5).labels, empty().labels)
+
+
+def test_between_two_steps_of_the_range_both_count_by_their_share():
+    ranges = torch.full((1, 3, SIZE[0] * SIZE[1], RANGES + 1), 1e-9)
+    ranges[..., 10], ranges[..., 11] = 0.75, 0.25
+    away = NEAREST * (FARTHEST / NEAREST) ** (10.25 / (RANGES - 1))
+    point = torch.tensor([[[[away, 0.0, 1.5]]]])
+    assert _step(point).item() == pytest.approx(10.25, abs=1e-3)
+    here, before = _evidence(point, view(), replace(sight(), ranges=ranges.log()))[0, 0, 0, :2]
+    assert here.item() == pytest.approx(0.75 * 0.75 + 0.25 * 0.25, abs=1e-3)
+    assert before.item() == pytest.approx(0.75 + 0.25 * 0.25, abs=1e-3)
 
 
 def test_points_stay_what_their_queries_say_until_something_is_learned():
