@@ -166,6 +166,7 @@ def test_of_pixels_that_see_one_voxel_the_surest_names_it():
     said = filled(empty(), guess, 0, None, 0.3)
     told = {tuple(at): int(said.labels[tuple(at)]) for at in (said.labels != OCC3D.free).nonzero().tolist()}
     assert told == {at: name for at, (_, name) in best.items()} and len(told) > 10
+    assert all(said.score[at].item() == pytest.approx(sure) for at, (sure, _) in best.items())
     assert int((score > 0.3).sum()) > 2 * len(told)  # many see the same
 
 
