@@ -204,6 +204,8 @@ def bench(
     for option, given in {"pictures": pictures, "model": model, "weights": weights, "device": device}.items():
         if given is not None and what not in takers[option]:
             raise ValueError(f"bench: --{option} is for {' and '.join(takers[option])}, not for {what}")
+    if sets < 1:
+        raise ValueError(f"bench: --sets must be at least 1, got {sets}")
     if what == "node":
         figures = bench_node(sets, pictures)
     elif what == "model":

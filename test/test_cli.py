@@ -26,6 +26,8 @@ def occflow(*arguments: str) -> subprocess.CompletedProcess:
         (("bench", "node", "--pictures", "nowhere"), "nowhere"),
         (("bench", "metrics", "--pictures", "nowhere"), "--pictures is for node, not for metrics"),
         (("bench", "node", "--model", "opus-demo"), "--model is for model, not for node"),
+        (("bench", "model", "--sets", "0"), "--sets must be at least 1"),
+        (("bench", "model", "--weights", "nowhere.safetensors"), "nowhere.safetensors"),
         (("bench", "model", "--model", "opus-domo"), "opus-demo"),
         (("evaluate", "domo", "a.safetensors"), "nearest is 'demo'"),
         (("evaluate", "demo"), "--against truth or --make-average"),

@@ -1,8 +1,9 @@
 """What each pixel sees, how far away and what it is, and what that says of points in space. Ours.
 
 A query speaks for a column of points two metres wide; which of them lies on a surface is told by the pixel behind which
-it lies. As where pixels are lifted by a distribution of depths (Lift, Splat, Shoot, arXiv 2008.05711, section 3.1, and
-BEVDepth, arXiv 2206.10092), but read at points instead of written into a grid, and learned from rays through the truth.
+it lies. As where pixels are lifted by a distribution of depths (Lift, Splat, Shoot, arXiv 2008.05711, section 3.1) that
+is learned from what a ray meets (BEVDepth, arXiv 2206.10092), here by rays through the truth; but it is read at points,
+and only its surest surfaces are written into the grid.
 
 B batch, T time, N cameras, H W cells of the finest maps, P points, K classes.
 """
@@ -105,7 +106,7 @@ def sight_losses(sight: Sight, truth: Occupancy) -> dict[str, Tensor]:
         cost = (1 - share) * _at(ranges, low) + share * _at(ranges, low + 1)
         far.append(-torch.where(hit, cost, NOTHING_WEIGHT * ranges[:, -1]).sum())
         names = sight.names[lane][used].flatten(0, 1)[hit]
-        named.append(F.cross_entropy(names, label[hit], weight, reduction="sum"))
+        named.append(-(weight[label[hit]] * _at(names.log_softmax(dim=-1), label[hit])).sum())
         pixels, weights = pixels + len(hit), weights + weight[label[hit]].sum()
     nothing = (sight.ranges.sum() + sight.names.sum()) * 0.0  # every process of a training has the same terms
     pixels, weights = (mean_over_processes(torch.as_tensor(n).to(weight)) for n in (pixels, weights))
@@ -209,7 +210,7 @@ def _step(points: Tensor) -> Tensor:
 def _evidence(points: Tensor, view: View, sight: Sight) -> Tensor:
     """What the pixels say of points (B, Q, P, 3) m before which they lie, (B, Q, P, 5 + 2 K): that their surface is
     here, that it is here or before, each as a probability and as its logarithm, that there is none, and their names,
-    as they are and here. All of them nought where no camera looks."""
+    as they are and here. Where no camera looks all of them are nought (and logarithms those of TINY)."""
     said = torch.cat([sight.ranges.softmax(dim=-1), sight.names.softmax(dim=-1)], dim=-1)
     read = view.now(said, sight.size).sample(*_asked(points), as_published=False)[:, :, 0]
     ranges, nothing, names = read.split([RANGES, 1, read.shape[-1] - RANGES - 1], dim=-1)
@@ -217,7 +218,8 @@ def _evidence(points: Tensor, view: View, sight: Sight) -> Tensor:
     low, share = step.long(), step.frac()[..., None]
     after = ranges.gather(-1, low[..., None] + 1) * share
     here = ranges.gather(-1, low[..., None]) * (1 - share) + after
-    before = ranges.cumsum(dim=-1).gather(-1, low[..., None]) + after
+    passed = torch.arange(RANGES, device=low.device) <= low[..., None]
+    before = (ranges * passed).sum(dim=-1, keepdim=True) + after
     logs = ((here + TINY).log() / 3, (before + TINY).log() / 3)
     return torch.cat([here, before, *logs, nothing, names, names * here], dim=-1)
 

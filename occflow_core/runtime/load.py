@@ -138,8 +138,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
 
 
 def _config(kind: type, told: dict[str, Any]) -> Any:
-    """A system's Config from what `asdict` made of it. A field that files of old lack has its default, which is what
-    was done then; a field that nobody knows is an error."""
+    """A system's Config from what `asdict` made of it. A field that files of old lack has its default, so that of a new
+    one must be what was done before; a field that nobody knows is an error."""
     known = {f.name for f in fields(kind)}
     needed = {f.name for f in fields(kind) if f.default is f.default_factory is MISSING}
     wrong = (told.keys() - known) | (needed - told.keys())

@@ -25,6 +25,7 @@ B batch, T time (newest first), N cameras, R rows of a camera's pyramid, Q queri
 S sampled points of a group and time, C channels, K classes.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -37,7 +38,7 @@ from ..nn.decoder import Layer, Output, losses, predictions, refined, targets
 from ..nn.instants import Memory, View, encode, remember
 from ..nn.points import points_loss
 from ..nn.queries import STEP
-from ..nn.sight import Look, Pixels, filled, sight_losses
+from ..nn.sight import FARTHEST, Look, Pixels, filled, sight_losses
 from ..nn.starts import SHARES, columns
 from ..types import OCC3D, OPENOCC, TABLES, Classes, Clip, Occupancy, Prediction
 from .base import OPUS_NAMES, opus_constants
@@ -79,6 +80,9 @@ class Config:
             raise ValueError(f"opus: {self.groups} groups or {self.heads} heads do not divide {self.channels} channels")
         if self.look < 0:
             raise ValueError(f"opus: look is a number of channels, or 0 for none; got {self.look}")
+        corner = math.hypot(*(max(-low, high) for low, high in zip(self.grid.low[:2], self.grid.high[:2], strict=True)))
+        if self.look and corner > FARTHEST:
+            raise ValueError(f"opus: look knows {FARTHEST:g} m around the car, the grid's corner is at {corner:.0f} m")
         if not self.refines or min(*self.refines, self.queries, self.samples, self.frames) < 1:
             raise ValueError("opus: refines, queries, samples and frames must be positive")
 

@@ -4,7 +4,7 @@ from occflow_core.geometry import Grid
 from occflow_core.types import OPENOCC
 
 SMALL = {
-    "opus": {"queries": 60, "refines": (2, 4, 8), "channels": 32, "hidden": 64, "mixed": 4},
+    "opus": {"queries": 60, "refines": (2, 4, 8), "channels": 32, "hidden": 64, "mixed": 4, "look": 8},
     "opus-v2": {"queries": 60, "refines": (2, 4, 8), "channels": 32, "hidden": 64, "mixed": 4, "told": 8, "cells": 8},
     "opus-fusion": {"queries": 60, "refines": (2, 4, 8), "channels": 32, "hidden": 64, "mixed": 4, "lidar_width": 2},
 }
@@ -27,7 +27,7 @@ OPTIONS = {  # each of them must change something
         "threshold": 0.6,
         "closing": False,
         "flow": False,
-        "look": 8,
+        "look": 0,
         "as_published": True,
         "grid": Grid((-12.0, -10.0, -1.0), (0.8, 1.0, 0.8), (24, 20, 8)),
         "classes": OPENOCC.table,

@@ -29,7 +29,10 @@ def small(name, **changes):
 
 
 def build(name, **changes):
-    return seeded(SYSTEMS[name](small(name, **changes)), 0).eval()
+    system = seeded(SYSTEMS[name](small(name, **changes)), 0).eval()
+    if getattr(system, "look", None) and name == "opus":  # what begins as nothing must say something here
+        torch.nn.init.normal_(system.look.say[-1].weight, generator=torch.Generator().manual_seed(0))
+    return system
 
 
 def truth_of(config, lanes=1, seed=0, flow=True) -> Occupancy:

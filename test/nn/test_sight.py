@@ -210,6 +210,55 @@ def test_points_stay_what_their_queries_say_until_something_is_learned():
     assert other.points is output.points
 
 
+def test_a_point_is_named_by_its_pixels_and_its_place():
+    torch.manual_seed(0)
+    look, points = Look(4, 8, 1, CLASSES, flow=False), torch.tensor([[[[8.0, 0, 1], [8.0, 2, 1], [20.0, 0, 2]]]])
+    output = Output((points,), (torch.zeros(1, 1, 3, CLASSES),), None)
+    empty, seen = view(), sight()
+    bright = replace(empty, rows=[[torch.ones_like(rows) for rows in lane] for lane in empty.rows])
+    said = look(output, bright, seen).logits[0]
+    for other in (
+        look(output, empty, seen),
+        look(output, bright, replace(seen, ranges=seen.ranges.flip(-1))),
+        look(output, bright, replace(seen, names=seen.names.flip(-1))),
+    ):
+        assert ((other.logits[0] - said).abs().amax(dim=-1) > 1e-4).all()
+    torch.nn.init.zeros_(look.mix.weight[:, 8:])  # features alone: the same everywhere, but for the place
+    said = look(output, bright, seen).logits[0][0, 0]
+    assert (said[0] - said[1]).abs().max() > 1e-5 and (said[0] - said[2]).abs().max() > 1e-4
+
+
+def test_each_lane_has_its_own_truth_cameras_and_pixels():
+    truth, other = wall(), wall(at=20.0)
+    both = replace(truth, labels=torch.cat([truth.labels, other.labels]), seen=torch.cat([truth.seen, other.seen]))
+    used = torch.tensor([[True, True, True], [True, False, True]])
+    one, turned = sight(), ring(3, *PICTURE).moved(torch.diag(torch.tensor([-1.0, -1, 1, 1], dtype=torch.float64)))
+    two = sight(seed=3)
+    pair = Sight(
+        torch.cat([one.ranges, two.ranges]),
+        torch.cat([one.names, two.names]),
+        SIZE,
+        type(turned)(*(torch.stack([a[0], b]) for a, b in zip(matrices(cameras()), matrices(turned))), *PICTURE),
+        used,
+    )
+    alone = [Sight(pair.ranges[b:][:1], pair.names[b:][:1], SIZE, pair.cameras[b:][:1], used[b:][:1]) for b in range(2)]
+    hits = [_met(both, b, pair.cameras[b][used[b]], SIZE)[0] for b in range(2)]
+    told = [sight_losses(a, t) for a, t in zip(alone, (truth, other), strict=True)]
+    cost = sum(t["pixels' ranges"] * len(h) for t, h in zip(told, hits, strict=True)) / sum(map(len, hits))
+    assert sight_losses(pair, both)["pixels' ranges"].item() == pytest.approx(cost.item(), rel=1e-5)
+    for b in range(2):
+        assert torch.equal(filled(empty(), pair, b, None, 0.05).labels, filled(empty(), alone[b], 0, None, 0.05).labels)
+    points = torch.rand(2, 4, 5, 3, generator=torch.Generator().manual_seed(0)) * 20 - 10
+    looks = View([[torch.zeros(3, 96, 4)]] * 2, (SIZE,), PICTURE, pair.cameras.pixels_from_car()[:, None].float(),
+                 used[:, None])  # fmt: skip
+    for b in range(2):
+        mine = replace(looks, rows=looks.rows[b:][:1], pixels_from_now=looks.pixels_from_now[b:][:1],
+                       used=looks.used[b:][:1])  # fmt: skip
+        assert torch.allclose(
+            _evidence(points, looks, pair)[b], _evidence(points[b:][:1], mine, alone[b])[0], atol=1e-6
+        )
+
+
 def test_pixels_are_learned_from_rays():
     """Sixty steps on one picture of noise: its cells learn what is before them."""
     torch.manual_seed(0)

@@ -200,3 +200,13 @@ def test_nan_in_the_network_is_an_error_and_forgotten_never_free_space():
     with torch.no_grad():
         weight[0, 0] = kept
     stream.step(frames[1])
+
+
+def test_a_camera_that_is_not_used_may_have_any_numbers():
+    stream = Stream(Model(build(replace(CONFIG, look=8)), "opus", True, "fast", None))
+    whole = frame(used=[True, False, True])
+    wild = whole.cameras.pixels_from_camera.clone()
+    wild[1] = torch.nan
+    said = stream.step(replace(whole, cameras=replace(whole.cameras, pixels_from_camera=wild)))
+    stream.forget()
+    assert torch.equal(said.labels, stream.step(whole).labels)

@@ -8,6 +8,7 @@ from systems.small import CONFIG, PUBLISHED, build
 from torch import nn
 from torch.nn import functional as F
 
+from occflow_core.geometry import OPENOCCUPANCY_GRID
 from occflow_core.nn import instants
 from occflow_core.nn.queries import Attention, Mixing, distances
 from occflow_core.systems import opus
@@ -407,6 +408,10 @@ def test_configs_that_cannot_be_built_are_refused():
         replace(CONFIG, classes="mine")
     with pytest.raises(ValueError, match="do not divide 18 channels"):
         replace(CONFIG, channels=18)
+    with pytest.raises(ValueError, match="look is a number of channels, or 0 for none; got -1"):
+        replace(CONFIG, look=-1)
+    with pytest.raises(ValueError, match="look knows 60 m around the car, the grid's corner is at 72 m"):
+        replace(CONFIG, look=8, grid=OPENOCCUPANCY_GRID)
     with pytest.raises(ValueError, match="must be positive"):
         replace(CONFIG, refines=())
 

@@ -65,7 +65,7 @@ def opus_fusion_world() -> Run:
 
 
 def _small(family: str, **changes) -> Run:
-    """The demo's world, pictures and encoder, a few hundred steps; nothing but the decoder differs."""
+    """The demo's world, pictures and encoder, a few hundred steps; only decoders differ, and whether LiDAR is read."""
     config = replace(
         SYSTEMS[family].PRESETS["nano"],
         backbone="efficientnet-lite0",
