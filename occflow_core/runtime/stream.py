@@ -18,6 +18,7 @@ from .prepare import prepare
 FOCAL = 0.01  # share of the focal length; also of the picture, for the principal point
 SHIFT, SPEED = 0.5, 50.0  # m, m/s
 TURN, TURN_RATE = 0.1, 1.0  # rad, rad/s
+LIDAR, FENCE = 1.84, 40.0  # m: how high it stands and how far a wall is, in a made-up scan
 
 
 class Stream:
@@ -80,9 +81,14 @@ class Stream:
 
 
 def made_up_points(config) -> Tensor:
-    """As many points as a LiDAR of 32 beams has in the scans that the config wants, each scan at the same places."""
-    unit = torch.rand(30_000, 4, generator=torch.Generator().manual_seed(0))
-    scan = torch.cat([config.grid.metres(unit[:, :3]), 255 * unit[:, 3:]], dim=1)
+    """What a LiDAR like nuScenes' (32 beams, 1,084 azimuths, 1.84 m up) meets on flat ground amid a wall 40 m away, in
+    the scans that the config wants, each at the same places."""
+    up = torch.linspace(-30.67, 10.67, 32).deg2rad()[:, None]
+    around = 2 * torch.pi * torch.arange(1084) / 1084
+    away = torch.where(up < 0, LIDAR / (-up.tan()).clamp_min(1e-6), FENCE).clamp_max(FENCE).expand(-1, 1084)
+    height = LIDAR + away * up.tan()
+    scan = torch.stack([away * around.cos(), away * around.sin(), height, torch.full_like(away, 20.0)], dim=-1)
+    scan = scan.flatten(0, 1)
     age = 0.05 * torch.arange(config.sweeps).repeat_interleave(len(scan))
     return torch.cat([scan.repeat(config.sweeps, 1), age[:, None]], dim=1)
 
