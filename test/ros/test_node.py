@@ -151,6 +151,15 @@ def test_without_ego_motion_nothing_is_published_and_the_reason_is_said(tmp_path
     assert recording.node_exit == 0
 
 
+@pytest.mark.parametrize("model", ["opus-v2-nano", "opus-fusion-nano"])
+def test_another_system_drives_by_changing_one_parameter(tmp_path, model):
+    layout.write(tmp_path / "data", keyframes=2)
+    write_scene_bag(tmp_path / "data", "scene-0001", tmp_path / "bag", progress=False)
+    recording = drive(tmp_path / "bag", config(tmp_path, model=model), ["set_deadline:=0.5"], rate=0.2)
+    assert recording.node_exit == 0 and len(said(recording)) >= 2, recording.log
+    assert {m.model_name for m in said(recording)} == {f"{model} (untrained)"}
+
+
 @pytest.mark.parametrize("topic", ["/lidar_top/points", "/nobody"])
 def test_a_model_that_needs_lidar_answers_with_it_and_says_why_it_does_not_without(tmp_path, topic):
     layout.write(tmp_path / "data", keyframes=2)
