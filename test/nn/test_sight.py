@@ -1,5 +1,6 @@
 """What pixels see and what they say of points, in worlds of one wall."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -104,6 +105,14 @@ def test_to_know_costs_least():
     assert other["pixels' ranges"] > 2 * best["pixels' ranges"]
 
 
+def test_a_ray_that_meets_nothing_counts_less():
+    free = replace(wall(), labels=torch.full((1, *OCC3D_GRID.shape), OCC3D.free, dtype=torch.uint8))
+    even = replace(sight(), ranges=torch.zeros(1, 3, SIZE[0] * SIZE[1], RANGES + 1))
+    terms = sight_losses(even, free)
+    assert terms["pixels' ranges"].item() == pytest.approx(0.3 * 0.3 * math.log(RANGES + 1), rel=1e-5)
+    assert terms["pixels' names"] == 0
+
+
 def test_lanes_are_averaged_and_unused_cameras_say_nothing():
     truth, both = wall(lanes=2), sight(lanes=2)
     together = sight_losses(both, truth)
@@ -153,6 +162,13 @@ def test_where_pixels_are_sure_of_a_surface_its_voxels_are_filled():
     assert (flow[full[:, 1] < middle - 1] == at_wall[1][0]).all() and (flow[full[:, 1] > middle] == at_wall[1][1]).all()
     assert not said.flow[said.labels == OCC3D.free].any() and not before.flow.any()
     assert torch.equal(filled(before, knowing(wall()), 0, at_wall, 1.0).labels, before.labels)
+
+
+def test_surfaces_are_read_more_densely_than_cells_lie(monkeypatch):
+    dense = filled(empty(), knowing(wall()), 0, None, 0.5)
+    monkeypatch.setattr("occflow_core.nn.sight.FINER", 1)
+    once = filled(empty(), knowing(wall()), 0, None, 0.5)
+    assert (dense.labels == CAR).sum() > 1.5 * (once.labels == CAR).sum() > 0
 
 
 def test_of_pixels_that_see_one_voxel_the_surest_names_it():
