@@ -117,7 +117,9 @@ def sight_losses(sight: Sight, truth: Occupancy) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def filled(said: Prediction, sight: Sight, lane: int, velocities: tuple[Tensor, Tensor] | None, threshold: float):
+def filled(
+    said: Prediction, sight: Sight, lane: int, velocities: tuple[Tensor, Tensor] | None, threshold: float
+) -> Prediction:
     """The prediction, and where it is free the voxels in which a pixel sees its surface, surer than `threshold`.
 
     What is thin or small falls between the points of the queries, but not between pixels; what lies flat does not, and
@@ -151,7 +153,8 @@ def filled(said: Prediction, sight: Sight, lane: int, velocities: tuple[Tensor, 
 
 def _surfaces(sight: Sight, lane: int) -> tuple[Tensor, Tensor, Tensor]:
     """What the used cameras of a lane see, FINER times as densely as the cells lie: points (M, 3) m, classes (M,) and
-    how sure both are, (M,). A range is the mean around its likeliest step."""
+    how sure both are, (M,). A range is the mean around its likeliest step, a range that ends behind the camera sure of
+    nothing."""
     used = sight.used[lane]
     cameras, size = sight.cameras[lane][used], tuple(FINER * n for n in sight.size)
 
@@ -168,9 +171,9 @@ def _surfaces(sight: Sight, lane: int) -> tuple[Tensor, Tensor, Tensor]:
     # where the ray through a cell's middle is so far from the car's origin, over ground
     a, b = way[:, :2].square().sum(dim=-1), (begin * way)[:, :2].sum(dim=-1)
     c = begin[:, :2].square().sum(dim=-1) - away**2
-    points = begin + way * (((b * b - a * c).clamp_min(0).sqrt() - b) / a)[:, None]
+    ahead = ((b * b - a * c).clamp_min(0).sqrt() - b) / a
     best, label = names.max(dim=-1)
-    return points, label, sure * best
+    return begin + way * ahead[:, None], label, sure * best * (ahead > 0)  # nearer than the camera itself is nowhere
 
 
 @torch.no_grad()

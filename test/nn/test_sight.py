@@ -10,6 +10,7 @@ from systems.rig import frame, ring
 from occflow_core.geometry import OCC3D_GRID
 from occflow_core.nn.decoder import Output
 from occflow_core.nn.instants import View
+from occflow_core.nn.points import NAME_WEIGHTS
 from occflow_core.nn.sight import (
     FARTHEST,
     FLAT,
@@ -103,6 +104,31 @@ def test_to_know_costs_least():
     entropy = -(share * share.log()).nan_to_num().sum() / len(hit)  # of a range between two steps
     assert best["pixels' ranges"] == pytest.approx(float(0.3 * entropy), rel=1e-3)
     assert other["pixels' ranges"] > 2 * best["pixels' ranges"]
+
+
+def test_names_cost_what_their_classes_weigh():
+    truth, said, road = wall(), sight(), OCC3D.id("driveable_surface")
+    labels = truth.labels.clone()
+    labels[:, :, :, 0] = road
+    truth = replace(truth, labels=labels)
+    hit, _, label = _met(truth, 0, cameras()[0], SIZE)
+    assert {CAR, road} == set(label[hit].tolist())
+    logs = said.names[0].flatten(0, 1).log_softmax(-1)
+    weighed = [(math.sqrt(NAME_WEIGHTS[OCC3D.names[k]]), -logs[i, k].item()) for i, k in enumerate(label) if hit[i]]
+    expected = 0.2 * sum(w * cost for w, cost in weighed) / sum(w for w, _ in weighed)
+    assert sight_losses(said, truth)["pixels' names"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_range_shorter_than_the_way_to_the_camera_fills_nothing():
+    ranges = torch.full((1, 3, SIZE[0] * SIZE[1], RANGES + 1), -20.0)
+    ranges[..., 0] = 20.0  # 1 m from the car's origin
+    for at, some in ((0.5, True), (2.0, False)):  # m from there to the cameras
+        poses = cameras().car_from_camera.clone()
+        poses[..., :2, 3] *= at
+        points, _, score = _surfaces(
+            replace(sight(), ranges=ranges, cameras=replace(cameras(), car_from_camera=poses)), 0
+        )
+        assert bool(score.any()) == some and points.isfinite().all()
 
 
 def test_a_ray_that_meets_nothing_counts_less():
