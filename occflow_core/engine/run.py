@@ -108,14 +108,24 @@ def recipe(recipes: Mapping[str, Callable[[], Run]], name: str) -> Run:
 def with_settings(run: Run, settings: Sequence[str]) -> Run:
     """The run with fields changed by texts such as "steps=50", "optimise.rate=3e-4" or "config.refines=(4, 16)".
 
-    ValueError that names the nearest field, or what the field expects.
+    All at once: what may not be as long as another field is as it was can be set together with that one. Of one field
+    the last text counts. ValueError that names the nearest field, or what the field expects.
     """
+    changes: dict[str, Any] = {}  # name -> (text, path), or the same again for the fields of a field
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"expected field=value, got {setting!r}")
-        run = _changed(run, path.split("."), text, path)
-    return run
+        *outer, name = path.split(".")
+        inside = changes
+        for part in outer:
+            inside = inside.setdefault(part, {})
+            if not isinstance(inside, dict):
+                raise ValueError(f"{path}: there is nothing inside it to set {name!r} in")
+        if isinstance(inside.get(name), dict):
+            raise ValueError(f"{path}: set its fields one by one")
+        inside[name] = text, path
+    return _changed(run, changes)
 
 
 def told(run: Run) -> dict[str, Any]:
@@ -147,17 +157,26 @@ def _nearest(name: str, known) -> str:
     return f"the nearest is {near[0]!r}, all are: {', '.join(known)}"
 
 
-def _changed(value: Any, path: list[str], text: str, whole: str) -> Any:
-    """A dataclass with the field at `path` read from text; all above it rebuilt, so that they check themselves."""
-    name, *deeper = path
+def _changed(value: Any, changes: Mapping[str, Any]) -> Any:
+    """A dataclass with fields read from texts; all above them rebuilt once, so that they check themselves."""
     known = [f.name for f in fields(value)] if is_dataclass(value) else []
-    if not known:
-        raise ValueError(f"{whole}: there is nothing inside it to set {name!r} in")
-    if name not in known:
-        raise ValueError(f"there is no field {whole!r}; {_nearest(name, known)}")
-    if deeper:
-        return replace(value, **{name: _changed(getattr(value, name), deeper, text, whole)})
-    return replace(value, **{name: _read(text, get_type_hints(type(value))[name], whole)})
+    made = {}
+    for name, change in changes.items():
+        whole = _path(change)
+        if not known:
+            raise ValueError(f"{whole}: there is nothing inside it to set {name!r} in")
+        if name not in known:
+            raise ValueError(f"there is no field {whole!r}; {_nearest(name, known)}")
+        if isinstance(change, dict):
+            made[name] = _changed(getattr(value, name), change)
+        else:
+            made[name] = _read(change[0], get_type_hints(type(value))[name], whole)
+    return replace(value, **made)
+
+
+def _path(change: Any) -> str:
+    """Of the first field that a change names."""
+    return _path(next(iter(change.values()))) if isinstance(change, dict) else change[1]
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false"}

@@ -76,6 +76,16 @@ def test_a_setting_changes_its_field_and_no_other(run, setting, value):
     assert [line.split(" ")[0] for line in lines] == ([path] if other != value else [])
 
 
+def test_what_may_only_be_together_is_set_together():
+    """The demo's network knows 60 m around the car: a grid that begins at -6 m must not be 80 m long."""
+    near = ["config.grid.low=(-6,-6,-1)", "config.grid.shape=(30,30,16)"]
+    for settings in (near, near[::-1], ["config.grid.shape=(300,300,16)", *near]):
+        grid = with_settings(recipe(RECIPES, "demo"), settings).config.grid
+        assert (grid.low, grid.shape) == ((-6.0, -6.0, -1.0), (30, 30, 16))
+    with pytest.raises(ValueError, match="corner is at 105 m"):
+        with_settings(recipe(RECIPES, "demo"), near[:1])
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
