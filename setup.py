@@ -45,6 +45,7 @@ setup(
         "simplejpeg>=1.7",
         "safetensors>=0.4",
         "pyquaternion>=0.9.9",
+        "scipy>=1.8",
         "numba>=0.58",
         "embreex>=2.17",
         "msgspec>=0.18",
