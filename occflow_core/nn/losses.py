@@ -72,7 +72,7 @@ def _lovasz_gradient(is_true: Tensor) -> Tensor:
 
 
 def affinity(probability: Tensor, true: Tensor) -> Tensor:
-    """-log of precision, of recall and of specificity of one class, added up (MonoScene, arXiv 2112.00726, section 3.4).
+    """-log of precision, recall and specificity of one class, added up (MonoScene, arXiv 2112.00726, section 3.4).
 
     probability (V,), true (V,) bool -> scalar. What cannot be told, because nothing is true or everything, costs
     nothing.
