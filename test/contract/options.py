@@ -1,13 +1,15 @@
 """For each system: what makes its nano preset small enough for tests, and another value of every option."""
 
 from occflow_core.geometry import Grid
-from occflow_core.types import OPENOCC
+from occflow_core.types import OCC3D, OPENOCC
 
 SMALL = {
     "opus": {"queries": 60, "refines": (2, 4, 8), "channels": 32, "hidden": 64, "mixed": 4, "look": 8},
     "opus-v2": {"queries": 60, "refines": (2, 4, 8), "channels": 32, "hidden": 64, "mixed": 4, "told": 8, "cells": 8},
     "opus-fusion": {"queries": 60, "refines": (2, 4, 8), "channels": 32, "hidden": 64, "mixed": 4, "lidar_width": 2},
 }
+_KEPT = {"kept": (40, 160, 600), "kept_in_training": (50, 200, 700), "queries": 12, "channels": 32}
+SMALL["sparseocc"] = SMALL["sparseocc4d"] = {"hidden": 64, "mixed": 8, **_KEPT}
 OPTIONS = {  # each of them must change something
     "opus": {
         "height": 96,
@@ -79,4 +81,36 @@ OPTIONS = {  # each of them must change something
         "grid": Grid((-12.0, -10.0, -1.0), (0.8, 1.0, 0.8), (24, 20, 8)),
         "classes": OPENOCC.table,
     },
+    "sparseocc": {
+        "height": 96,
+        "width": 128,
+        "generation": "v1.0",
+        "iterations": 3,
+        "kept": (30, 120, 400),
+        "kept_in_training": (30, 120, 400),
+        "queries": 10,
+        "samples": 8,
+        "backbone": "resnet18",
+        "levels": 3,
+        "channels": 48,
+        "groups": 2,
+        "heads": 2,
+        "mixed": 4,
+        "hidden": 32,
+        "frames": 3,
+        "dropout": 0.5,
+        "threshold": 0.6,
+        "panoptic": True,
+        "flow": 2,
+        "filled_weight": 2.0,
+        "names_weight": 2.0,
+        "flow_weight": 1.0,
+        "class_weight": 2.0,
+        "mask_weight": 2.0,
+        "dice_weight": 2.0,
+        "as_published": True,
+        "grid": Grid((-12.0, -10.0, -1.0), (0.8, 1.0, 0.8), (24, 20, 8)),
+        "classes": OPENOCC.table,
+    },
 }
+OPTIONS["sparseocc4d"] = OPTIONS["sparseocc"] | {"generation": "v1.1", "flow": 1, "classes": OCC3D.table}

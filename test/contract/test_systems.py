@@ -208,8 +208,10 @@ def test_in_half_precision_it_costs_nearly_the_same_and_learns(name):
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = system(clip, None)
     half = system.loss(as_float32(output), truth)
+    # where something is kept, or matched, or not, a hair decides
+    discrete = name.startswith("sparseocc")
     for term, value in whole.items():
-        assert half[term].item() == pytest.approx(value.item(), rel=0.05), term
+        assert half[term].item() == pytest.approx(value.item(), rel=0.1 if discrete else 0.05), term
     sum(half.values()).backward()
     assert all(p.grad.isfinite().all() for p in system.parameters() if p.requires_grad)
 
