@@ -80,7 +80,9 @@ class Run:
     batch: int  # lanes, over all processes
     seed: int = 0  # of weights, order, augmentation and dropout
     resize: str = "fast"  # how pictures are resized where they are not varied; the weights carry it to the car
-    weights: Path | None = None  # begin with these of the same model and config; None: at random
+    # begin with these of the same system and config, but for the size of pictures and, where the system has `grown`,
+    # more frames; None: at random
+    weights: Path | None = None
     # the backbone begins with "imagenet" (EfficientNet-Lite0) or with a .pth file of torchvision or mmdetection
     backbone: str | None = None
     frozen: tuple[str, ...] = ()  # patterns of parameters that stay as they begin, e.g. ("backbone.layer1.*",)

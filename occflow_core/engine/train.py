@@ -212,10 +212,26 @@ def _built(run: Run) -> nn.Module:
         if run.backbone is not None:
             fill_backbone(system, run.backbone)
         return system
-    system = runtime.load(run.model, run.weights).system
-    wrong = differences(*(_as_dict(config) for config in (system.config, run.config)))
+    return _begun(run, made)
+
+
+def _begun(run: Run, made: type[nn.Module]) -> nn.Module:
+    """The system that `run.weights` hold, at the run's config: of pictures of another size, and of more frames where
+    the system can grow. ValueError where anything else differs."""
+    model = runtime.stored(run.weights)
+    system = model.system
+    wrong = differences(_as_dict(system.config), _as_dict(run.config))
+    if type(system) is not made:
+        raise ValueError(f"{run.weights} holds {model.name}, not {run.model}")
+    may = ["config.height", "config.width"] + ["config.frames"] * hasattr(made, "grown")
+    others = [line for line in wrong if line.split(" ")[0] not in may]
+    if others:
+        raise ValueError(f"{run.weights} is of another config: {'; '.join(others)}")
+    if system.config.frames != run.config.frames:
+        return system.grown(run.config)
     if wrong:
-        raise ValueError(f"{run.weights} is of another config: {'; '.join(wrong)}")
+        tensors, system = system.state_dict(), made(run.config)
+        system.load_state_dict(tensors)
     return system
 
 

@@ -31,6 +31,8 @@ def convert(model: str, authors_file: Path | str, out: Path | str) -> None:
     tensors = {str(name).removeprefix("module."): t for name, t in state.items() if isinstance(t, torch.Tensor)}
     if not tensors:
         raise ValueError(f"convert: {authors_file} holds no tensors by name")
+    if hasattr(made, "adapted"):  # a system of which the authors published more than one kind
+        config = made.adapted(config, tensors)
     filled = made(config)
     try:
         load_strictly(filled, tensors, made.NAMES, filled.constants())

@@ -18,6 +18,7 @@ from .prepare import RESIZES
 
 _ABOUT = {"system", "preset", "resize", "trained", "config"}  # what a file says about itself
 SIZES = {"t": "tiny", "s": "small", "m": "medium", "l": "large"}  # as the papers name them
+UNTRAINED = " (untrained)"  # ends the name of a model that has learned nothing
 FORMAT = "occflow"  # the key of our JSON in the file's metadata
 _SHIPPED = Path(__file__).parents[1] / "weights"
 
@@ -63,16 +64,25 @@ def load(
     if weights is None:
         built = seeded(made(made.PRESETS[preset]), seed)
         resize = "pillow" if built.config.as_published else "fast"
-        return Model(built.eval().to(device), f"{model} (untrained)", False, resize, None)
+        return Model(built.eval().to(device), model + UNTRAINED, False, resize, None)
+    found = stored(weights, device)
+    told = found.name.removesuffix(UNTRAINED)
+    if told != model:
+        raise ValueError(f"{weights} holds {told}, not {model}")
+    return found
+
+
+def stored(weights: Path | str, device: str | torch.device = "cpu") -> Model:
+    """The model that a file of weights holds, whichever it is. ValueError as `load`."""
     about, tensors, digest = _read(Path(weights))
-    if (about["system"], about["preset"]) != (system, preset):
-        raise ValueError(f"{weights} holds {about['system']}-{about['preset']}, not {model}")
+    model = f"{about['system']}-{about['preset']}"
+    made = SYSTEMS[parse(model)[0]]
     try:
-        built = made(_config(type(made.PRESETS[preset]), about["config"]))
+        built = made(_config(type(made.PRESETS[about["preset"]]), about["config"]))
         load_strictly(built, tensors)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{weights} does not fit {model}: {error}") from error
-    name = model if about["trained"] else f"{model} (untrained)"
+    name = model if about["trained"] else model + UNTRAINED
     return Model(built.eval().to(device), name, about["trained"], about["resize"], digest)
 
 

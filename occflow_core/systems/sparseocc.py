@@ -323,6 +323,28 @@ class SparseOcc(nn.Module):
         lanes = zip(last.where, last.inside, output.masks[-1], output.names[-1], flows, strict=True)
         return [decoded(*lane, self.config) for lane in lanes]
 
+    @torch.no_grad()
+    def grown(self, config: Config) -> "SparseOcc":
+        """A system whose config differs in more frames (and perhaps the size of pictures), which goes on from here.
+
+        Four blocks change their shapes, each `mixing` with its `matrices` and `out`: they mix the frames that were
+        there as before, and the new, older ones not yet. The rows that a voxel's mixing gains begin as those that were
+        there, and are not heard yet. So a window of twice the frames, each there twice, says what the window said (but
+        for the published order of level weights, which depends on the number of frames). ValueError for fewer frames,
+        or anything else that differs.
+        """
+        mine = self.config
+        if replace(config, height=mine.height, width=mine.width, frames=mine.frames) != mine:
+            raise ValueError("sparseocc: only pictures and frames may differ where a network grows")
+        if config.frames < mine.frames:
+            raise ValueError(f"sparseocc: a network of {mine.frames} frames does not shrink to {config.frames}")
+        more, tensors = type(self)(config), self.state_dict()
+        for name, block in more.named_modules():
+            if isinstance(block, Mixing):
+                tensors |= _grown_mixing(name, self.get_submodule(name), block)
+        more.load_state_dict(tensors)
+        return more.train(self.training)
+
     def constants(self) -> dict[str, Tensor]:
         """None: the authors' checkpoints hold no buffers that say what they are for."""
         return {}
@@ -449,6 +471,29 @@ def feed(channels: int, hidden: int, dropout: float) -> nn.Sequential:
 def _taken(values: Tensor, index: Tensor) -> Tensor:
     """Rows (B, N, D) at (B, K) -> (B, K, D)."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _grown_mixing(name: str, old: Mixing, new: Mixing) -> dict[str, Tensor]:
+    """The parameters of `new`, which mixes more points, time after time, than `old`: by their names below `name`."""
+    square, again = old.inner**2, torch.arange(new.given) % old.given
+    rows = []
+    for parameter in (old.matrices.weight, old.matrices.bias):
+        by_channel, by_point = parameter.view(old.groups, -1, *parameter.shape[1:]).split(
+            [square, old.given * old.taken], dim=1
+        )
+        by_point = by_point.unflatten(1, (old.given, old.taken))[:, again]
+        unheard = by_point.new_zeros(*by_point.shape[:2], new.taken - old.taken, *by_point.shape[3:])
+        by_point = torch.cat([by_point, unheard], dim=2).flatten(1, 2)
+        rows.append(torch.cat([by_channel, by_point], dim=1).flatten(0, 1))
+    out = old.out.weight.view(-1, old.groups, old.given, old.inner)
+    unheard = out.new_zeros(len(out), old.groups, new.given - old.given, old.inner)
+    out = torch.cat([out, unheard], dim=2).flatten(1)
+    return {
+        f"{name}.matrices.weight": rows[0],
+        f"{name}.matrices.bias": rows[1],
+        f"{name}.out.weight": out,
+        f"{name}.out.bias": old.out.bias,
+    }
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
