@@ -231,9 +231,10 @@ class Occupancy:
     labels: Tensor  # (..., X, Y, Z) uint8, classes.free where nothing is
     flow: Tensor | None  # (..., X, Y, Z, 2) float32: vx vy over ground, m/s, car frame now; NaN = not known
     seen: Tensor  # (..., X, Y, Z) bool
+    instances: Tensor | None = None  # (..., X, Y, Z) int32: ids of things, i.e. of what can move; 0 = of none
 
     def __post_init__(self):
-        _expect_voxels("occupancy", self.grid, self.labels, self.flow, self.seen)
+        _expect_voxels("occupancy", self.grid, self.labels, self.flow, self.seen, self.instances)
 
     def to(self, device) -> "Occupancy":
         return _moved(self, device)
@@ -249,9 +250,10 @@ class Prediction:
     score: Tensor  # (X, Y, Z) float32 in [0, 1]: confidence of the label; 0 where free
     flow: Tensor | None = None  # (X, Y, Z, 2) float32: vx vy over ground, m/s, car frame now; 0 where free
     unobserved: Tensor | None = None  # (X, Y, Z) bool: no ray of a used camera of this set came here; None = not asked
+    instances: Tensor | None = None  # (X, Y, Z) int32, 0 = of none; what cannot move may have ids, too
 
     def __post_init__(self):
-        _expect_voxels("prediction", self.grid, self.labels, self.flow, self.unobserved)
+        _expect_voxels("prediction", self.grid, self.labels, self.flow, self.unobserved, self.instances)
         _expect("prediction: score", self.score, self.labels.shape)
 
     def sparse(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -280,10 +282,14 @@ def _expect(what: str, tensor: Tensor, shape: tuple, dtype: torch.dtype | None =
         raise ValueError(f"{what}: expected {wanted}, got {_kind(tensor)}")
 
 
-def _expect_voxels(what: str, grid: Grid, labels: Tensor, flow: Tensor | None, mask: Tensor | None) -> None:
+def _expect_voxels(
+    what: str, grid: Grid, labels: Tensor, flow: Tensor | None, mask: Tensor | None, instances: Tensor | None
+) -> None:
     if tuple(labels.shape[-3:]) != grid.shape or labels.dtype != torch.uint8:
         raise ValueError(f"{what}: labels must be uint8 with last axes {grid.shape}, got {_kind(labels)}")
     if flow is not None:
         _expect(f"{what}: flow", flow, (*labels.shape, 2))
     if mask is not None:
         _expect(f"{what}: mask", mask, labels.shape, torch.bool)
+    if instances is not None:
+        _expect(f"{what}: instances", instances, labels.shape, torch.int32)

@@ -192,6 +192,7 @@ def test_the_sparse_form_is_the_filled_voxels_in_the_order_of_their_index():
         ({"score": torch.zeros(10, 10)}, r"score: expected \(10, 10, 5\), got \(10, 10\)"),
         ({"flow": torch.zeros(*GRID.shape, 3)}, r"flow: expected \(10, 10, 5, 2\), got \(10, 10, 5, 3\)"),
         ({"unobserved": torch.zeros(GRID.shape)}, r"mask: expected \(10, 10, 5\) bool, got .* float32"),
+        ({"instances": torch.zeros(GRID.shape, dtype=torch.int64)}, r"instances: expected .* int32, got .* int64"),
     ],
 )
 def test_a_prediction_refuses_what_does_not_fit_its_grid(changes, says):
@@ -204,3 +205,7 @@ def test_what_is_true_may_come_in_batches():
     Occupancy(GRID, OCC3D, labels, torch.zeros(*labels.shape, 2), labels == 0)
     with pytest.raises(ValueError, match="flow: expected"):
         Occupancy(GRID, OCC3D, labels, torch.zeros(*GRID.shape, 2), labels == 0)
+    told = Occupancy(GRID, OCC3D, labels, None, labels == 0, labels.int()).to("meta")
+    assert told.instances.is_meta and told.instances.dtype == torch.int32
+    with pytest.raises(ValueError, match=r"occupancy: instances: expected \(3, 10, 10, 5\) int32, got \(10, 10, 5\)"):
+        Occupancy(GRID, OCC3D, labels, None, labels == 0, labels[0].int())

@@ -162,9 +162,9 @@ def moved(
     """The whole clip and its truth told in another car frame: mirrored (`flip`), turned (`turn`), or both.
 
     Pictures and pixels stay as they are: a camera sees the same, its `car_from_camera` says where (for a mirrored
-    world with determinant -1: nothing rigid, but exact). Poses of the past, points, labels, flow and `seen` follow.
-    Voxels that come from outside the grid are free and not seen. new_from_car_last: what the clip before was moved by,
-    where this differs; a drive that is streamed is best moved by one matrix throughout.
+    world with determinant -1: nothing rigid, but exact). Poses of the past, points, labels, flow, `seen` and instances
+    follow. Voxels that come from outside the grid are free, not seen and of no instance. new_from_car_last: what the
+    clip before was moved by, where this differs; a drive that is streamed is best moved by one matrix throughout.
 
     ValueError where the matrix does more than mirror and turn about z.
     """
@@ -206,8 +206,9 @@ def _moved_truth(truth: Occupancy, new_from_car: Tensor) -> Occupancy:
     if flow is not None:
         flow = flow[..., ix, iy, iz, :] @ new_from_car[:2, :2].mT.to(flow)
         flow = torch.where(inside[..., None], flow, torch.nan)
+    instances = None if truth.instances is None else truth.instances[..., ix, iy, iz] * inside
     free = torch.full_like(labels, truth.classes.free)
-    return replace(truth, labels=torch.where(inside, labels, free), flow=flow, seen=seen)
+    return replace(truth, labels=torch.where(inside, labels, free), flow=flow, seen=seen, instances=instances)
 
 
 def _onto_itself(grid: Grid, new_from_car: Tensor) -> bool:
@@ -229,7 +230,8 @@ def _permuted(truth: Occupancy, new_from_car: Tensor) -> Occupancy:
     flow = None
     if truth.flow is not None:
         flow = torch.stack([placed(part) for part in truth.flow.unbind(-1)], dim=-1) @ matrix.mT.to(truth.flow)
-    return replace(truth, labels=placed(truth.labels), flow=flow, seen=placed(truth.seen))
+    instances = None if truth.instances is None else placed(truth.instances)
+    return replace(truth, labels=placed(truth.labels), flow=flow, seen=placed(truth.seen), instances=instances)
 
 
 # ---- colours

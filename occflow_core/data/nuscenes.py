@@ -9,7 +9,7 @@ Every error is one sentence that names table, token and path.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,10 @@ MICRO = 1000  # tables count microseconds, we count nanoseconds
 FASTEST = 70.0  # m/s: a car whose poses say more has a gap in them
 MOST_APART = 1.5  # s between two annotations of an object that still give a velocity (nuscenes-devkit, box_velocity)
 INVALID_FLOW = 255.0  # m/s and above: "not known" (STCOcc's loader keeps it apart)
+# m beyond a box's faces where a voxel's centre may lie and the voxel still be the box's. Any point in it fills a voxel:
+# its centre is up to 0.28 m, half a diagonal seen from above, outside the box that the point is in, and boxes that are
+# exact need no more. The rest is for boxes that people drew; SparseOcc's script takes as much
+REACH = 0.4
 
 # What nuScenes calls things -> classes of ours. As nuScenes-lidarseg merges them to 16 classes (devkit,
 # `lidarseg/lidarseg_utils.py`), where the rest is Occ3D's "others"; None: noise and the car itself are nothing.
@@ -587,9 +591,17 @@ class NuScenes:
         """Where the label of a keyframe lies: kind "occ3d" (gts/) or "openocc" (openocc_v2/)."""
         return self.dataroot / _label_kind(kind)[0] / self.scene_of(sample) / sample / "labels.npz"
 
-    def occupancy(self, sample: str, kind: str, seen_by: str = "camera") -> Occupancy:
-        """A keyframe's label in the Occ3D grid: kind "occ3d" or "openocc" (v2). `seen_by`, errors: as `read_label`."""
-        return read_label(self.label_path(sample, kind), _label_kind(kind)[1], f"sample {sample}", seen_by)
+    def occupancy(self, sample: str, kind: str, seen_by: str = "camera", instances: bool = False) -> Occupancy:
+        """A keyframe's label in the Occ3D grid: kind "occ3d" or "openocc" (v2). `seen_by`, errors: as `read_label`.
+
+        instances: with those that the file has or, where it has none, those of the keyframe's boxes (`things`).
+        """
+        path, classes = self.label_path(sample, kind), _label_kind(kind)[1]
+        truth = read_label(path, classes, f"sample {sample}", seen_by, instances)
+        if instances and truth.instances is None:
+            car_from_world = rigid.inverse(self.pose(self.keyframe(sample)))
+            truth = replace(truth, instances=things(truth, self.boxes(sample), car_from_world))
+        return truth
 
     def boxes(self, sample: str) -> tuple[Box, ...]:
         """The annotated objects of a keyframe, with velocities by nuScenes' rule.
@@ -1028,22 +1040,27 @@ class NuScenes:
 # ---- labels
 
 
-def read_label(path: Path | str, classes: Classes, whose: str = "label", seen_by: str = "camera") -> Occupancy:
+def read_label(
+    path: Path | str, classes: Classes, whose: str = "label", seen_by: str = "camera", instances: bool = False
+) -> Occupancy:
     """An Occ3D or OpenOcc v2 `labels.npz` in the Occ3D grid.
 
     `semantics` (200, 200, 16) of any integer type with ids up to `classes.free`; `flow` (200, 200, 16, 2) m/s where the
     file has one, NaN = not known: what is not finite, or of 255 m/s and more in either component, becomes NaN, never
     zero. `seen` is `mask_camera` (seen_by "camera") or `mask_lidar` ("lidar") where the file has it (Occ3D); without
-    masks (OpenOcc v2) everything counts as seen.
+    masks (OpenOcc v2) everything counts as seen. instances: also `instances` (200, 200, 16), whole numbers, 0 = none,
+    where the file has it (OpenOcc v2.1, and Occ3D after SparseOcc's script): the ids of things as they stand there;
+    what does not move has ids there, too, and becomes 0.
     FileNotFoundError where there is no such file; ValueError naming the path for one that is broken or has another
     shape.
     """
     if seen_by not in ("camera", "lidar"):
         raise ValueError(f"{whose}: seen_by is 'camera' or 'lidar', got {seen_by!r}")
     path, mask = Path(path), f"mask_{seen_by}"
+    wanted = ("semantics", "flow", mask, *(("instances",) if instances else ()))
     try:
         with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in ("semantics", "flow", mask) if name in file.files}
+            held = {name: file[name] for name in wanted if name in file.files}
     except FileNotFoundError:
         raise FileNotFoundError(f"{whose}: no label file {path}") from None
     except Exception as error:  # a broken archive shows itself as one of many: zip, zlib, struct, EOF
@@ -1051,9 +1068,10 @@ def read_label(path: Path | str, classes: Classes, whose: str = "label", seen_by
     if "semantics" not in held:
         raise ValueError(f"{whose}: {path} holds no array named semantics")
     shape = OCC3D_GRID.shape
-    for name, wanted in (("semantics", shape), (mask, shape), ("flow", (*shape, 2))):
-        if name in held and held[name].shape != wanted:
-            raise ValueError(f"{whose}: {name} is of shape {held[name].shape}, expected {wanted}: {path}")
+    shapes = {"flow": (*shape, 2)}
+    for name, array in held.items():
+        if array.shape != shapes.get(name, shape):
+            raise ValueError(f"{whose}: {name} is of shape {array.shape}, expected {shapes.get(name, shape)}: {path}")
     semantics = held["semantics"]
     if semantics.dtype.kind not in "iu" or semantics.min() < 0 or semantics.max() > classes.free:
         raise ValueError(
@@ -1072,7 +1090,48 @@ def read_label(path: Path | str, classes: Classes, whose: str = "label", seen_by
         if held[mask].dtype.kind not in "biu" or not np.isin(held[mask], (0, 1)).all():
             raise ValueError(f"{whose}: {mask} holds something else than 0 and 1: {path}")
         seen = torch.from_numpy(held[mask].astype(bool))
-    return Occupancy(OCC3D_GRID, classes, torch.from_numpy(semantics.astype(np.uint8)), flow, seen)
+    ids = None
+    if "instances" in held:
+        told = held["instances"]
+        if told.dtype.kind not in "iu" or told.min() < 0 or told.max() > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"{whose}: instances of {told.dtype} from {told.min()} to {told.max()}, expected whole numbers from 0: "
+                f"{path}"
+            )
+        ids = torch.from_numpy(np.where(np.isin(semantics, classes.moving_ids), told, 0).astype(np.int32))
+    return Occupancy(OCC3D_GRID, classes, torch.from_numpy(semantics.astype(np.uint8)), flow, seen, ids)
+
+
+def things(truth: Occupancy, boxes: Sequence[Box], car_from_world: Tensor) -> Tensor:
+    """Which thing fills each voxel: (X, Y, Z) int32, the place of its box among `boxes` plus one, 0 = none.
+
+    A voxel of a class that moves is the nearest box's of that class, if its centre lies in the box or up to REACH
+    outside its faces. Nearness is counted from the faces; inside, the deepest is the nearest. car_from_world (4, 4)
+    float64, at the stamp of the boxes and of the truth.
+
+    SparseOcc's `gen_instance_info.py` (github.com/MCG-NJU/SparseOcc), which made its panoptic Occ3D, agrees in this: a
+    voxel goes by its centre, and to a box of its own class alone; boxes reach 0.4 m beyond their faces. It differs in
+    this: a voxel inside several boxes is the first one's there, and outside of all that of the box whose middle is
+    nearest; a box that holds no centre gets nothing there, not even within its reach; barriers and cones have
+    instances, every other class that does not move is one, and ids are bytes. So the two tell the same but where boxes
+    of one class overlap or nearly touch, and of things so thin that they lie between centres.
+    """
+    low, edges = (torch.tensor(v, dtype=torch.float64) for v in (truth.grid.low, truth.grid.voxel))
+    ids = torch.zeros(truth.labels.shape, dtype=torch.int32)
+    kinds = [class_of(box.name, truth.classes) for box in boxes]
+    for kind in truth.classes.moving_ids:
+        where = truth.labels == kind
+        centres = low + edges * (where.nonzero() + 0.5)
+        owner, nearest = torch.zeros(len(centres), dtype=torch.int32), torch.full((len(centres),), REACH).double()
+        for number, box in enumerate(boxes, 1):
+            if kinds[number - 1] == kind:
+                half = torch.tensor(box.size, dtype=torch.float64) / 2
+                inner = rigid.apply(rigid.inverse(car_from_world @ box.world_from_box), centres)
+                beyond = (inner.abs() - half).amax(-1)  # m beyond the faces; less than 0 inside
+                owner[beyond < nearest] = number
+                nearest = torch.minimum(beyond, nearest)
+        ids[where] = owner
+    return ids
 
 
 def _label_kind(kind: str) -> tuple[str, Classes]:
@@ -1113,8 +1172,6 @@ def _poses(rows: list[_EgoPose]) -> dict[str, np.ndarray]:
 
 
 def _between(first: Box, last: Box, fraction: float) -> Box:
-    from dataclasses import replace
-
     pose = rigid.interpolate(first.world_from_box, last.world_from_box, fraction)
     velocity = first.velocity + (last.velocity - first.velocity) * fraction
     return replace(first, world_from_box=pose, velocity=velocity)

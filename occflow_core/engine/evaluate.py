@@ -36,7 +36,7 @@ from .run import Run
 TABLES = {"occ3d": OCC3D, "openocc": OPENOCC}  # kind of labels -> their classes
 MODEL = "model"  # names of rows, beside the baselines
 AVERAGE, ASIDE, TRUTH = "average world", "truth, one voxel aside", "truth against truth"
-_LAYOUT = 1  # of the stored tallies
+_LAYOUT = 2  # of the stored tallies
 
 Items = TypeVar("Items")
 
@@ -75,6 +75,11 @@ class Job:
         return TABLES[self.labels]
 
     @property
+    def panoptic(self) -> bool:
+        """Whether the truth must have instances."""
+        return self.model is not None and self.model.system.config.panoptic
+
+    @property
     def rows(self) -> list[str]:
         """Who is scored."""
         named = [(MODEL, self.model is not None), (AVERAGE, self.average is not None)]
@@ -94,6 +99,7 @@ class Job:
             "average": average,
             "rows": self.rows,
             "sweeps": self.sweeps,
+            "panoptic": self.panoptic,
         }
 
 
@@ -147,7 +153,8 @@ def evaluate_said(job: Job, scene: str, said: dict[str, Prediction]) -> Tallies:
     places = _lidar_poses(job.world, keyframes)
     for k, moment in enumerate(keyframes):
         if moment.sample in said:
-            truth = job.world.occupancy(moment.sample, job.labels)
+            asked = said[moment.sample].instances is not None
+            truth = job.world.occupancy(moment.sample, job.labels, instances=asked)
             eyes = origins([pose for pose, _ in places], k, places[k][1])
             _score(job, tallies, moment.sample, truth, said[moment.sample], eyes, None)
     return tallies
@@ -214,17 +221,19 @@ def table(report: dict[str, Any]) -> str:
     told = report["samples expected"] - report["samples missing"]
     rules = [] if all(r["absent classes"] == "zero" for r in scores.values()) else ["absent classes left out"]
     rules += [] if all(r["flow"]["over"] == "right" for r in scores.values() if "flow" in r) else ["AVE over all rays"]
+    panoptic = any("RayPQ" in result for result in scores.values())
     lines = [
         f"{told} of {report['samples expected']} keyframes in {report['scenes']} drives, labels {report['labels']} of "
         f"{report['version']}{''.join(f', {rule}' for rule in rules)}",
         "",
-        "| | mIoU | RayIoU | @1 m | @2 m | @4 m | mAVE m/s | Occ Score |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| | mIoU | RayIoU | @1 m | @2 m | @4 m | mAVE m/s | Occ Score |{' RayPQ |' * panoptic}",
+        f"|---|---:|---:|---:|---:|---:|---:|---:|{'---:|' * panoptic}",
     ]
     for name, result in scores.items():
         shares = [result["mIoU"], result["RayIoU"], *(result["rays"]["at"][t] for t in "124")]
         shares = [_percent(share) for share in shares]
         row = [names.get(name, name), *shares, _speed(result.get("mAVE")), _percent(result.get("OccScore"))]
+        row += [_percent(result.get("RayPQ"))] * panoptic
         lines.append(f"| {' | '.join(row)} |")
     if not scores:
         return "\n".join(lines)
@@ -249,19 +258,20 @@ def table(report: dict[str, Any]) -> str:
 
 def aside(truth: Occupancy) -> Prediction:
     """The truth one voxel ahead: what an error of 0.4 m costs."""
-    labels, flow = torch.full_like(truth.labels, truth.classes.free), truth.flow
-    labels[1:] = truth.labels[:-1]
-    if flow is not None:
-        flow = torch.zeros_like(truth.flow)
-        flow[1:] = truth.flow[:-1]
-    return as_prediction(replace(truth, labels=labels, flow=flow))
+
+    def ahead(volume: Tensor | None, fill: int = 0) -> Tensor | None:
+        return None if volume is None else torch.cat([torch.full_like(volume[:1], fill), volume[:-1]])
+
+    labels = ahead(truth.labels, truth.classes.free)
+    return as_prediction(replace(truth, labels=labels, flow=ahead(truth.flow), instances=ahead(truth.instances)))
 
 
 def as_prediction(truth: Occupancy) -> Prediction:
     """A truth as somebody would predict it: unknown velocities are zero, unlabelled voxels free."""
     labels = torch.where(truth.labels > truth.classes.free, truth.classes.free, truth.labels)
     flow = None if truth.flow is None else truth.flow.nan_to_num()
-    return Prediction(truth.grid, truth.classes, labels, (labels != truth.classes.free).float(), flow)
+    score = (labels != truth.classes.free).float()
+    return Prediction(truth.grid, truth.classes, labels, score, flow, instances=truth.instances)
 
 
 # ---- a recipe's
@@ -365,6 +375,8 @@ def _perfect(result: dict[str, Any] | None) -> None:
     shares = {name: result and result.get(name) for name in ("mIoU", "RayIoU", "OccScore")}
     if result and result.get("mAVE") is None:
         del shares["OccScore"]  # no flow in the labels, or nothing that moves was met
+    if result and "RayPQ" in result:
+        shares["RayPQ"] = result["RayPQ"]
     if any(share != 1.0 for share in shares.values()):
         raise RuntimeError(f"the truth against itself must score 100 %, got {shares}: do not trust these scores")
 
@@ -452,7 +464,9 @@ def _loaded(job: Job, moment: Moment) -> tuple[Frame | None, Occupancy | None, E
         frame = None
         if job.model is not None:
             frame = job.world.frame(moment, job.model.system.config.sweeps, job.keep_going)
-        truth = None if moment.sample is None else job.world.occupancy(moment.sample, job.labels)
+        truth = None
+        if moment.sample is not None:
+            truth = job.world.occupancy(moment.sample, job.labels, instances=job.panoptic)
     except (ValueError, OSError) as problem:
         return None, None, problem
     return frame, truth, None
@@ -548,7 +562,7 @@ class _Bar:
             self.done = self.now if self.done is None else self.done + self.now
         self.now = scores
         running = (scores if self.done is None else self.done + scores).result()
-        told = {name: running.get(name) for name in ("mIoU", "RayIoU", "mAVE")}
+        told = {name: running.get(name) for name in ("mIoU", "RayIoU", "mAVE", "RayPQ")}
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in told.items() if value is not None})
 
     def passed(self, samples: int, tallies: Tallies) -> None:

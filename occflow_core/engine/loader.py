@@ -149,7 +149,7 @@ class Batches(Dataset):
         return self.cache.get(sample, lambda: _Packed(self._label(sample)), len).unpacked()
 
     def _label(self, sample: str) -> Occupancy:
-        label = self.world.occupancy(sample, self.data.labels)
+        label = self.world.occupancy(sample, self.data.labels, instances=self.config.panoptic)
         return replace(label, seen=self.world.occupancy(sample, "occ3d").seen) if self.data.camera_mask else label
 
 
@@ -218,8 +218,8 @@ def fitted(truth: Occupancy, config: Any) -> Occupancy:
 
 
 def _cut(truth: Occupancy, grid: Grid, at: tuple[slice, ...]) -> Occupancy:
-    flow = None if truth.flow is None else truth.flow[at]
-    return Occupancy(grid, truth.classes, truth.labels[at], flow, truth.seen[at])
+    flow, instances = (None if volume is None else volume[at] for volume in (truth.flow, truth.instances))
+    return Occupancy(grid, truth.classes, truth.labels[at], flow, truth.seen[at], instances)
 
 
 def _unbroken(world: NuScenes, scene: str) -> list[tuple[str, ...]]:
@@ -247,6 +247,7 @@ def _stacked(truths: list[Occupancy]) -> Occupancy:
         labels=torch.stack([t.labels for t in truths]),
         flow=None if truths[0].flow is None else torch.stack([t.flow for t in truths]),
         seen=torch.stack([t.seen for t in truths]),
+        instances=None if truths[0].instances is None else torch.stack([t.instances for t in truths]),
     )
 
 
@@ -291,11 +292,17 @@ class _Packed:
             self.unknown = np.packbits(flow[:, 0].isnan().numpy())
             moving = (flow.nan_to_num() != 0).any(-1).nonzero()[:, 0].int()
             self.flow = moving, flow[moving]
+        self.instances = None
+        if truth.instances is not None:
+            ids = truth.instances.flatten()
+            things = ids.nonzero()[:, 0].int()
+            self.instances = things, ids[things]
 
     def __len__(self) -> int:
         """Bytes."""
         parts = 5 * len(self.where) + (0 if self.unseen is None else len(self.unseen))
-        return parts + (0 if self.flow is None else len(self.unknown) + 12 * len(self.flow[0]))
+        parts += 0 if self.flow is None else len(self.unknown) + 12 * len(self.flow[0])
+        return parts + (0 if self.instances is None else 8 * len(self.instances[0]))
 
     def unpacked(self) -> Occupancy:
         shape = self.grid.shape
@@ -308,7 +315,12 @@ class _Packed:
             flow[self._bits(self.unknown)] = torch.nan
             flow = flow.view(*shape, 2)
         seen = torch.ones(shape, dtype=torch.bool) if self.unseen is None else ~self._bits(self.unseen).view(shape)
-        return Occupancy(self.grid, self.classes, labels.view(shape), flow, seen)
+        instances = None
+        if self.instances is not None:
+            instances = torch.zeros(len(self.grid), dtype=torch.int32)
+            instances[self.instances[0]] = self.instances[1]
+            instances = instances.view(shape)
+        return Occupancy(self.grid, self.classes, labels.view(shape), flow, seen, instances)
 
     def _bits(self, packed: np.ndarray) -> Tensor:
         return torch.from_numpy(np.unpackbits(packed, count=len(self.grid)).view(bool))

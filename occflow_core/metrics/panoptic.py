@@ -37,7 +37,7 @@ class RayPq(Tally):
     def __init__(self, classes: Classes):
         c = (len(THRESHOLDS), classes.free)
         super().__init__(classes, matched=c, missed=c, wrong=c)
-        self.quality: dict[str, list[tuple[int, int, int, int]]] = {}  # sample -> matches: threshold, class, I, U
+        self.quality: dict[str, np.ndarray] = {}  # sample -> matches (M, 4) int64: threshold, class, I, U
 
     def add(self, sample: str, prediction: Hits, truth: Hits, ids: Tensor, true_ids: Tensor) -> None:
         """Rays with the instance that stopped each, (R,) integers, 0 = none; `instances.reshape(-1)[hits.voxel]`.
@@ -53,7 +53,7 @@ class RayPq(Tally):
         error = (prediction.distance - truth.distance).abs()[kept].cpu().numpy()
         true = _segments(self.classes, truth.label[kept], true_ids[kept])
         told = _segments(self.classes, prediction.label[kept], ids[kept])
-        self.quality[sample] = []
+        found: list[tuple[int, int, int, int]] = []
         for c in range(self.classes.free):
             here_true, here_told = true[0] == c, told[0] == c
             segments = np.unique(true[1][here_true], return_counts=True)
@@ -61,10 +61,11 @@ class RayPq(Tally):
             for t, threshold in enumerate(THRESHOLDS):
                 both = here_true & here_told & (error < threshold)
                 matches = _matches(true[1][both], told[1][both], segments, guesses)
-                self.quality[sample] += [(t, c, i, u) for _, _, i, u in matches]
+                found += [(t, c, i, u) for _, _, i, u in matches]
                 self.counts["matched"][t, c] += len(matches)
                 self.counts["missed"][t, c] += _large(segments, [m[0] for m in matches])
                 self.counts["wrong"][t, c] += _large(guesses, [m[1] for m in matches])
+        self.quality[sample] = _rows(found)
         self.samples.add(sample)
 
     def result(self) -> RayPqResult:
@@ -73,8 +74,8 @@ class RayPq(Tally):
         matched, missed, wrong = (self.counts[name] for name in ("matched", "missed", "wrong"))
         iou = np.zeros(matched.shape)
         # in one order, whoever counted what: rounding must not depend on it
-        for t, c, intersection, union in (match for sample in sorted(self.quality) for match in self.quality[sample]):
-            iou[t, c] += intersection / union
+        t, c, intersection, union = np.concatenate([self.quality[sample] for sample in sorted(self.quality)]).T
+        np.add.at(iou, (t, c), intersection / union)
         pq = ratio(2 * iou, 2 * matched + missed + wrong)  # = SQ * RQ
         names = self.classes.names
         return RayPqResult(
@@ -93,13 +94,17 @@ class RayPq(Tally):
         return both
 
     def to_json(self) -> dict[str, Any]:
-        return super().to_json() | {"quality": {sample: self.quality[sample] for sample in sorted(self.quality)}}
+        return super().to_json() | {"quality": {s: self.quality[s].tolist() for s in sorted(self.quality)}}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "RayPq":
         tally = super().from_json(stored)
-        tally.quality = {sample: [tuple(match) for match in rows] for sample, rows in stored["quality"].items()}
+        tally.quality = {sample: _rows(matches) for sample, matches in stored["quality"].items()}
         return tally
+
+
+def _rows(matches: list) -> np.ndarray:
+    return np.array(matches, np.int64).reshape(-1, 4)
 
 
 def _segments(classes: Classes, labels: Tensor, ids: Tensor) -> tuple[np.ndarray, np.ndarray]:

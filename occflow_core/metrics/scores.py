@@ -1,4 +1,4 @@
-"""All measures of one run at once: mIoU, RayIoU, and with flow mAVE and the Occ Score."""
+"""All measures of one run at once: mIoU, RayIoU, with flow mAVE and the Occ Score, and with instances RayPQ."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,8 +10,11 @@ from torch import Tensor
 from ..types import Classes, Occupancy, Prediction
 from .flow_error import FlowError, Over, occ_score
 from .miou import Absent, Miou
+from .panoptic import RayPq
 from .rayiou import RayIou, comparable
 from .rays import Hits, hits
+
+_TALLIES = {"miou": Miou, "rayiou": RayIou, "flow_error": FlowError, "raypq": RayPq}
 
 
 class Scores:
@@ -25,6 +28,7 @@ class Scores:
     def __init__(self, classes: Classes):
         self.classes = classes
         self.miou, self.rayiou, self.flow_error = Miou(classes), RayIou(classes), FlowError(classes)
+        self.raypq = RayPq(classes)  # of samples whose truth and prediction have instances
         self.without_flow: set[str] = set()  # samples whose truth has a flow and whose prediction has none
 
     @property
@@ -55,12 +59,15 @@ class Scores:
             self.flow_error.add(sample, told, true)
         elif true.flow is not None:
             self.without_flow.add(sample)
+        if truth.instances is not None and prediction.instances is not None:
+            ids, true_ids = prediction.instances.reshape(-1)[told.voxel], truth.instances.reshape(-1)[true.voxel]
+            self.raypq.add(sample, told, true, ids, true_ids)
         return told
 
     def __add__(self, other: "Scores") -> "Scores":
         """ValueError if they count other things or a sample stands in both."""
         both = Scores(self.classes)
-        for name in ("miou", "rayiou", "flow_error"):
+        for name in _TALLIES:
             setattr(both, name, getattr(self, name) + getattr(other, name))
         both.without_flow = self.without_flow | other.without_flow
         return both
@@ -71,19 +78,17 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` makes the same tallies of; only lists, numbers and words."""
-        tallies = {name: getattr(self, name).to_json() for name in ("miou", "rayiou", "flow_error")}
+        tallies = {name: getattr(self, name).to_json() for name in _TALLIES}
         return tallies | {"without_flow": sorted(self.without_flow)}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Scores":
         """ValueError where it is not what `to_json` wrote."""
         try:
-            miou = Miou.from_json(stored["miou"])
-            scores = cls(miou.classes)
-            scores.miou = miou
-            scores.rayiou, scores.flow_error = (
-                kind.from_json(stored[name]) for kind, name in ((RayIou, "rayiou"), (FlowError, "flow_error"))
-            )
+            tallies = {name: kind.from_json(stored[name]) for name, kind in _TALLIES.items()}
+            scores = cls(tallies["miou"].classes)
+            for name, tally in tallies.items():
+                setattr(scores, name, tally)
             scores.without_flow = set(stored["without_flow"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"stored scores: {error!r} where a tally was expected") from None
@@ -109,6 +114,9 @@ class Scores:
             out["flow"]["over"] = over
         if self.without_flow:
             out["samples without predicted flow"] = len(self.without_flow)
+        if self.raypq.samples:
+            panoptic = self.raypq.result()
+            out |= {"RayPQ": panoptic.raypq, "panoptic": asdict(panoptic)}
         out |= {"voxels seen": asdict(seen), "voxels unseen": asdict(unseen), "all voxels": asdict(everywhere)}
         out |= {"rays": asdict(rays), "absent classes": absent}
         return _plain(out)

@@ -21,7 +21,8 @@ class System(Protocol):
     """
 
     # its own frozen Config: height and width (pixels) of its pictures, grid, classes, as_published; sweeps: how many
-    # LiDAR scans `clip.points` must hold, the newest and those before it (0: no LiDAR file is touched for the system)
+    # LiDAR scans `clip.points` must hold, the newest and those before it (0: no LiDAR file is touched for the system);
+    # panoptic: whether `truth.instances` is wanted by `loss`, and `decode` fills `Prediction.instances`
     config: Any
 
     def __call__(self, clip: Clip, memory: Any | None) -> tuple[Any, Any]:

@@ -68,6 +68,7 @@ class Config:
     grid: Grid = field(default=OCC3D_GRID)  # where occupancy is told
     classes: str = OCC3D.table  # which table of classes
     sweeps: ClassVar[int] = 0  # LiDAR scans: cameras alone
+    panoptic: ClassVar[bool] = False  # no instances are told apart
 
     def __post_init__(self):
         if self.classes not in TABLES:

@@ -29,6 +29,7 @@ time, C channels, K classes, X Y Z voxels of the grid.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,7 @@ class Config:
     as_published: bool = True  # the authors' sampling rules, oddities included; their weights need them
     grid: Grid = field(default=OCC3D_GRID)  # where occupancy is told
     classes: str = OCC3D.table  # which table of classes
+    panoptic: ClassVar[bool] = False  # no instances are told apart
 
     def __post_init__(self):
         if self.classes not in TABLES:

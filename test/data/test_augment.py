@@ -139,7 +139,8 @@ def lane():
     flow = torch.randn((*GRID.shape, 2), generator=generator)
     flow[labels == 3] = torch.nan
     seen = torch.rand(GRID.shape, generator=generator) < 0.5
-    return clip, Occupancy(GRID, OPENOCC, labels, flow, seen)
+    instances = torch.arange(1, len(GRID) + 1, dtype=torch.int32).view(GRID.shape)  # where each voxel comes from
+    return clip, Occupancy(GRID, OPENOCC, labels, flow, seen, instances)
 
 
 def same(a: Clip, b: Clip, atol=1e-5):
@@ -154,7 +155,7 @@ def same(a: Clip, b: Clip, atol=1e-5):
 
 
 def same_truth(a: Occupancy, b: Occupancy):
-    assert torch.equal(a.labels, b.labels) and torch.equal(a.seen, b.seen)
+    assert torch.equal(a.labels, b.labels) and torch.equal(a.seen, b.seen) and torch.equal(a.instances, b.instances)
     assert torch.allclose(a.flow, b.flow, equal_nan=True, atol=1e-6)
 
 
@@ -201,6 +202,7 @@ def test_the_clip_moved_is_the_truth_moved(lane, name):
     x, y, z = index.unbind(1)
     assert torch.equal(moved_truth.labels[x, y, z], truth.labels.reshape(-1))
     assert torch.equal(moved_truth.seen[x, y, z], truth.seen.reshape(-1))
+    assert torch.equal(moved_truth.instances[x, y, z], truth.instances.reshape(-1))
     flow = truth.flow.reshape(-1, 2).double() @ matrix[:2, :2].mT
     assert torch.allclose(moved_truth.flow[x, y, z].double(), flow, equal_nan=True, atol=1e-5)
 
@@ -234,10 +236,8 @@ def double(cameras: Cameras) -> Cameras:
 def test_mirrors_and_quarters_are_moved_without_indices_to_the_same_places(lane, grid, quick, name, monkeypatch):
     clip, whole = lane
     shape = grid.shape
-    labels, flow, seen = (
-        t.flatten(0, 2)[: len(grid)].unflatten(0, shape) for t in (whole.labels, whole.flow, whole.seen)
-    )
-    truth = Occupancy(grid, OPENOCC, labels, flow, seen)
+    volumes = (whole.labels, whole.flow, whole.seen, whole.instances)
+    truth = Occupancy(grid, OPENOCC, *(t.flatten(0, 2)[: len(grid)].unflatten(0, shape) for t in volumes))
     assert augment._onto_itself(grid, MOVES[name]) == (quick or (name in "xy" and grid.low[1] == -4))
     _, one = augment.moved(clip, truth, MOVES[name])
     monkeypatch.setattr(augment, "_onto_itself", lambda *_: False)
@@ -256,13 +256,17 @@ def test_a_place_of_the_clip_before_is_followed_by_the_matrix_of_that_clip(lane)
     assert torch.isnan(augment.moved(fresh, None, now)[0].now_from_last).any()
 
 
-def test_voxels_that_come_from_outside_are_free_and_not_seen(lane):
+def test_voxels_that_come_from_outside_are_free_not_seen_and_of_no_instance(lane):
     clip, truth = lane
     truth = replace(truth, seen=torch.ones_like(truth.seen))
     _, moved = augment.moved(clip, truth, augment.turn(45))
     corner = moved.labels[0, 0], moved.seen[0, 0], moved.flow[0, 0]
     assert (corner[0] == OPENOCC.free).all() and not corner[1].any() and torch.isnan(corner[2]).all()
     assert (moved.labels[7:9, 7:9] != OPENOCC.free).any()
+    here = moved.instances.flatten()
+    came = here > 0
+    assert not moved.instances[0, 0].any() and came.float().mean() > 0.7
+    assert torch.equal(moved.labels.flatten()[came], truth.labels.flatten()[here[came].long() - 1])
 
 
 def test_moves_that_are_none_of_the_car_are_refused(lane):

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from data import layout
 from pyquaternion import Quaternion
 
 from occflow_core.data import nuscenes
-from occflow_core.data.nuscenes import NuScenes, class_of, each, read_label
-from occflow_core.geometry import rigid
-from occflow_core.types import OCC3D, OPENOCC, Clip
+from occflow_core.data.nuscenes import Box, NuScenes, class_of, each, read_label, things
+from occflow_core.geometry import Grid, rigid
+from occflow_core.types import OCC3D, OPENOCC, Clip, Occupancy
 
 SCENE = "scene-0002"
 BEGIN = (layout.BEGIN + 100_000_000) * 1000  # ns, of that scene
@@ -439,6 +440,101 @@ def test_a_truncated_label_and_a_missing_one_are_named(mine):
         world.occupancy(sample, "openocc")
 
 
+def test_instances_of_a_label_are_those_of_things(tmp_path):
+    semantics, ids = empty(16), np.zeros((200, 200, 16), np.int64)
+    semantics[0, 0, :4], ids[0, 0, :4] = [0, 7, 14, 0], [3, 2, 9, 70_000]  # a car, a person, a wall, another car
+    path = label(tmp_path / "labels.npz", semantics=semantics, instances=ids)
+    told = read_label(path, OPENOCC, instances=True).instances
+    assert told.dtype == torch.int32 and told[0, 0, :5].tolist() == [3, 2, 0, 70_000, 0] and not told[1:].any()
+    assert read_label(path, OPENOCC).instances is None
+    for wrong, words in (
+        (ids[1:], r"instances is of shape \(199, 200, 16\)"),
+        (ids - 1, "instances of int64 from -1 to 69999, expected whole"),
+        (ids + 0.5, "instances of float64"),
+        (ids << 20, "expected whole numbers"),
+    ):
+        label(path, semantics=semantics, instances=wrong)
+        with pytest.raises(ValueError, match=words):
+            read_label(path, OPENOCC, instances=True)
+
+
+def street(kind: str, *middles, size=(4.0, 1.9, 1.9), turn=0.0):
+    """Boxes of one kind at middles (x, y, z) m, turned by radians."""
+    return [
+        Box(kind, str(m), str(m), rigid.from_quaternion(layout.quaternion(turn), m), size, torch.zeros(3), 1, 0, (), "")
+        for m in middles
+    ]
+
+
+def volume(kind: int) -> Occupancy:
+    grid = Grid((0.0, 0.0, 0.0), (0.4, 0.4, 0.4), (24, 12, 8))
+    return Occupancy(grid, OCC3D, torch.full(grid.shape, kind, dtype=torch.uint8), None, torch.ones(grid.shape).bool())
+
+
+def test_a_voxel_belongs_to_the_nearest_box_of_its_class_that_reaches_it():
+    boxes = street("vehicle.car", (2.0, 2.0, 1.0), (6.3, 2.0, 1.0))  # 0 to 4 and 4.3 to 8.3 along x, 1.05 to 2.95
+    truth = volume(OCC3D.id("car"))
+    ids = things(truth, boxes, torch.eye(4).double())
+    assert ids.dtype == torch.int32 and ids.shape == truth.labels.shape
+    # centres at 0.2, 0.6, ...: 4.2 lies 0.2 m beyond the first and 0.1 m before the second; 8.6 is reached, 9.0 is not
+    assert ids[:, 4, 2].tolist() == [1] * 10 + [2] * 12 + [0] * 2
+    assert ids[3, :, 2].tolist() == [0, 0] + [1] * 6 + [0] * 4 and ids[3, 4].tolist() == [1] * 6 + [0] * 2
+    assert things(truth, boxes[::-1], torch.eye(4).double())[3, 4, 2] == 2, "the place of its box"
+    # in two boxes: the one that it lies deeper in
+    over = street("vehicle.car", (2.0, 2.0, 1.0), (5.1, 2.0, 1.0))
+    assert things(truth, over, torch.eye(4).double())[:, 4, 2].tolist() == [1] * 9 + [2] * 10 + [0] * 5
+
+
+def test_a_box_takes_voxels_of_its_own_class_and_only_if_that_moves():
+    ahead = torch.eye(4).double()
+    people = street("human.pedestrian.adult", (2.0, 2.0, 1.0)) + street("vehicle.emergency.police", (2.0, 2.0, 1.0))
+    barrier = street("movable_object.barrier", (2.0, 2.0, 1.0))
+    for kind, boxes, some in (
+        ("pedestrian", people, True),
+        ("car", people, False),
+        ("others", people, False),
+        ("barrier", barrier, False),
+        ("car", [], False),
+    ):
+        assert bool(things(volume(OCC3D.id(kind)), boxes, ahead).any()) == some, kind
+
+
+def test_instances_do_not_depend_on_where_the_car_is_in_the_world():
+    truth = volume(OCC3D.id("truck"))
+    boxes = street("vehicle.truck", (2.0, 2.0, 1.0), (6.3, 2.5, 1.1), turn=0.4)
+    world_from_car = exact(layout.car_pose(0.5))
+    moved = [replace(box, world_from_box=world_from_car @ box.world_from_box) for box in boxes]
+    ids = things(truth, boxes, torch.eye(4).double())
+    assert set(ids.unique().tolist()) == {0, 1, 2}
+    assert torch.equal(things(truth, moved, rigid.inverse(world_from_car)), ids)
+
+
+def test_a_keyframe_s_instances_are_the_file_s_or_those_of_its_boxes_at_its_own_pose(mine):
+    time = 0.5  # the second keyframe's; 4 m on from the first's
+    world_from_car = exact(layout.car_pose(time))
+
+    def ahead(rows):
+        for row in rows:
+            if row["token"] == layout.token("annotation", 1, 0, 1):
+                place = world_from_car @ torch.tensor([10.0, 0.0, 1.0, 1.0]).double()
+                row |= {"translation": place[:3].tolist(), "rotation": layout.car_pose(time)[1]}
+
+    layout.edit(mine, "sample_annotation", ahead)
+    world = opened(mine)
+    sample = world.samples(SCENE)[1]
+    semantics = empty(16)
+    semantics[110:140, 80:120] = OPENOCC.id("car")
+    path = label(mine / "openocc_v2" / SCENE / sample / "labels.npz", semantics=semantics)
+    truth = world.occupancy(sample, "openocc", instances=True)
+    x, y, z = truth.grid.centres().unbind(-1)
+    box = ((x - 10).abs() < 2.25 + 0.4) & (y.abs() < 0.95 + 0.4) & ((z - 1).abs() < 0.8 + 0.4)  # 4.5 x 1.9 x 1.6 m
+    assert torch.equal(truth.instances, box.int()) and truth.instances.any()
+    assert world.occupancy(sample, "openocc").instances is None
+    label(path, semantics=semantics, instances=np.full((200, 200, 16), 5, np.uint8))
+    told = world.occupancy(sample, "openocc", instances=True).instances
+    assert torch.equal(told, 5 * (truth.labels == OPENOCC.id("car")).int())
+
+
 def test_published_labels_are_read_as_they_were_counted():
     """Counts of the file that the fact card of the metrics describes."""
     folder = recorded.shared() / "occ_labels"
@@ -451,6 +547,11 @@ def test_published_labels_are_read_as_they_were_counted():
     moving = new.flow.norm(dim=-1) > 0
     assert set(new.labels[moving].tolist()) <= set(OPENOCC.moving_ids)
     assert -1.35 < new.flow.min() < -1.3 and 1.2 < new.flow.max() < 1.25
+    ids = read_label(folder / "openocc_v2_flow.npz", OPENOCC, instances=True).instances
+    kinds = [set(new.labels[ids == i].tolist()) for i in range(1, 11)]  # the file's own: two cars, eight people
+    assert ids.max() == 10 and sorted(map(list, kinds)) == [[0]] * 2 + [[7]] * 8
+    things = torch.isin(new.labels, torch.tensor(OPENOCC.moving_ids))
+    assert int(things.sum()) == 888 and int((ids[things] == 0).sum()) == 3 and not ids[~things].any()
 
 
 # ---- what is broken

@@ -17,7 +17,10 @@ FULL = replace(CONFIG, grid=OCC3D_GRID, classes=OPENOCC.table)  # a tiny network
 
 
 def write(root: Path, scenes: int = 3, keyframes: int = 3) -> Path:
-    """A data set whose labels are a road, walls and cars that are somewhere else in each keyframe."""
+    """A data set whose labels are a road, walls and two cars that are somewhere else in each keyframe.
+
+    OpenOcc's files have instances, as they do: of things, and one of every other class.
+    """
     layout.write(root, scenes, keyframes)
     world = NuScenes(root, progress=False)
     for s, scene in enumerate(world.scenes):
@@ -41,7 +44,9 @@ def _label(path: Path, classes, s: int, k: int) -> None:
     flow[60:62, 99:101, 1:5] = np.nan if k == 1 else 0.3
     path.parent.mkdir(parents=True, exist_ok=True)
     if classes is OPENOCC:
-        np.savez_compressed(path, semantics=labels.astype(np.int32), flow=flow)
+        instances = np.where(labels == classes.free, 0, labels + 10).astype(np.uint8)
+        instances[at, 90:92, 1:5] = 1
+        np.savez_compressed(path, semantics=labels.astype(np.int32), flow=flow, instances=instances)
     else:
         seen = np.zeros(labels.shape, np.uint8)
         seen[50:] = 1

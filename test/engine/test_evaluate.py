@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,7 +21,18 @@ from occflow_core.data.nuscenes import NuScenes
 from occflow_core.engine import Data, Optimise, Run, submission
 from occflow_core.engine import evaluate as module
 from occflow_core.engine.average import average_world, load, save
-from occflow_core.engine.evaluate import ASIDE, AVERAGE, MODEL, TRUTH, Job, aside, evaluate, evaluate_into, table
+from occflow_core.engine.evaluate import (
+    ASIDE,
+    AVERAGE,
+    MODEL,
+    TRUTH,
+    Job,
+    aside,
+    evaluate,
+    evaluate_into,
+    evaluate_said,
+    table,
+)
 from occflow_core.metrics import Scores, directions, origins
 from occflow_core.runtime import Model, Stream
 from occflow_core.types import OCC3D, OPENOCC, Prediction
@@ -39,10 +51,10 @@ def world(data) -> NuScenes:
 class Guess(torch.nn.Module):
     """A system that says what the truth of its first keyframe was, and counts what it is shown."""
 
-    def __init__(self, world):
+    def __init__(self, world, config=drives.FULL):
         super().__init__()
-        self.config, self.weight = drives.FULL, torch.nn.Parameter(torch.zeros(1))
-        self.truth = world.occupancy(world.samples(world.scenes[0])[0], "openocc")
+        self.config, self.weight = config, torch.nn.Parameter(torch.zeros(1))
+        self.truth = world.occupancy(world.samples(world.scenes[0])[0], "openocc", instances=config.panoptic)
         self.clips = []
 
     def forward(self, clip, memory):
@@ -53,8 +65,13 @@ class Guess(torch.nn.Module):
         return [module.as_prediction(self.truth)]
 
 
-def guess(world, name="guess") -> tuple[Model, Guess]:
-    system = Guess(world)
+@dataclass(frozen=True)
+class Panoptic(type(drives.FULL)):
+    panoptic: ClassVar[bool] = True
+
+
+def guess(world, name="guess", config=drives.FULL) -> tuple[Model, Guess]:
+    system = Guess(world, config)
     return Model(system, name, True, "fast", name), system
 
 
@@ -129,6 +146,40 @@ def test_the_baselines_and_the_truth_stand_beside_the_model(tmp_path, world):
         assert f"\n| {name} | " in text
     assert "| truth against truth | 100.00 | 100.00 | 100.00 | 100.00 | 100.00 | 0.000 | 100.00 |" in text
     assert "\n| car | " in text and "9 of 9 keyframes in 3 drives" in text
+    assert "RayPQ" not in text and not any("RayPQ" in result for result in scores.values())
+
+
+def test_a_model_that_tells_instances_apart_gets_raypq_and_the_average_world_a_dash(tmp_path, world):
+    model, system = guess(world, config=Panoptic(**vars(drives.FULL)))
+    average, _ = average_world(world, world.split("here_train"), "openocc", progress=False)
+    report = scored(tmp_path, world, model, average=average)
+    scores = report["scores"]
+    assert scores[TRUTH]["RayPQ"] == 1.0 and "RayPQ" not in scores[AVERAGE]
+    assert scores[TRUTH]["panoptic"]["matched"]["car"] == [18] * 3, "two cars in each of nine keyframes"
+    # the guess is right about the first keyframes; later its cars are left behind, and count twice
+    told = scores[MODEL]["panoptic"]
+    assert 0.3 < scores[MODEL]["RayPQ"] < 1 and told["matched"]["car"] == [6] * 3
+    assert told["missed"]["car"] == told["wrong"]["car"] == [12] * 3
+    header, _, *rows = [line for line in (tmp_path / "scores.md").read_text().splitlines() if line.startswith("|")]
+    assert header.endswith("| Occ Score | RayPQ |")
+    assert rows[1].startswith(f"| {AVERAGE} |") and rows[1].endswith(" | – |")
+    assert rows[3].startswith(f"| {TRUTH} |") and rows[3].endswith(" | 100.00 |")
+    assert evaluate(model, world, world.scenes, "openocc", progress=False).result() == scores[MODEL]
+    stepped = len(system.clips)
+    assert scored(tmp_path, world, model, average=average) == report and len(system.clips) == stepped, "as it is kept"
+    for unequal in (0.999, None):
+        with pytest.raises(RuntimeError, match="must score 100 %, got .*'RayPQ'"):
+            module._perfect(scores[TRUTH] | {"RayPQ": unequal})
+    module._perfect(scores[TRUTH])
+
+
+def test_what_somebody_said_with_instances_is_scored_with_them(world):
+    scene = world.scenes[0]
+    first = world.samples(scene)[0]
+    said = {first: module.as_prediction(world.occupancy(first, "openocc", instances=True))}
+    assert evaluate_said(Job(world, "openocc"), scene, said).rows[MODEL].result()["RayPQ"] == 1.0
+    said = {first: replace(said[first], instances=None)}
+    assert "RayPQ" not in evaluate_said(Job(world, "openocc"), scene, said).rows[MODEL].result()
 
 
 def test_occ3d_is_scored_where_a_camera_sees_and_without_flow(tmp_path, world):
@@ -140,10 +191,11 @@ def test_occ3d_is_scored_where_a_camera_sees_and_without_flow(tmp_path, world):
 
 
 def test_one_voxel_aside_is_ahead_and_takes_its_velocity_along(world):
-    truth = world.occupancy(world.samples(world.scenes[0])[0], "openocc")
+    truth = world.occupancy(world.samples(world.scenes[0])[0], "openocc", instances=True)
     told = aside(truth)
     assert torch.equal(told.labels[1:], truth.labels[:-1]) and (told.labels[0] == OPENOCC.free).all()
     assert torch.equal(told.flow[1:], truth.flow[:-1]) and (told.flow[0] == 0).all()
+    assert torch.equal(told.instances[1:], truth.instances[:-1]) and not told.instances[0].any()
 
 
 def test_the_published_variants_can_be_asked_for_afterwards_and_are_named(tmp_path, world):

@@ -1,6 +1,7 @@
 """Batches are a function of seed and number: any process, any worker, any beginning gives the same."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -32,6 +33,18 @@ from occflow_core.types import OPENOCC, Clip, Occupancy
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> NuScenes:
     return NuScenes(tiny.world(tmp_path_factory.mktemp("world") / "data"), progress=False)
+
+
+@pytest.fixture(scope="module")
+def named(world, tmp_path_factory) -> NuScenes:
+    """The same, whose label files have instances, too: one a class, numbered by the class."""
+    root = tmp_path_factory.mktemp("named") / "data"
+    shutil.copytree(world.dataroot, root)
+    for path in root.glob("openocc_v2/*/*/labels.npz"):
+        with np.load(path) as file:
+            arrays = dict(file)
+        np.savez_compressed(path, **arrays, instances=(arrays["semantics"] + 1).astype(np.uint8))
+    return NuScenes(root, progress=False)
 
 
 def dataset(world, lanes=range(2), seed=0, all_lanes=2, config=None, **data) -> Batches:
@@ -165,6 +178,26 @@ def test_scans_come_to_a_system_that_asks_for_them_and_to_no_other(world, window
     assert dataset(world, window=window)[1][0].points is None
 
 
+@dataclass(frozen=True)
+class Panoptic(tiny.Config):
+    panoptic: bool = True
+
+
+@pytest.mark.parametrize("window", ["stream", "window"])
+def test_instances_come_to_a_system_that_asks_for_them_moved_with_the_labels_and_to_no_other(named, window):
+    draws = {"flips": True, "turn": 90.0, "window": window}
+    data, stored = dataset(named, config=Panoptic(), **draws), dataset(named, config=Panoptic(), cache=0.0, **draws)
+    for number in range(3):
+        _, truth = data[number]
+        assert truth.instances.shape == truth.labels.shape == (2, 10, 10, 4)
+        things = torch.isin(truth.labels, torch.tensor(OPENOCC.moving_ids))
+        assert things.any() and torch.equal(truth.instances[things], truth.labels[things].int() + 1)
+        assert not truth.instances[~things].any()
+        assert torch.equal(data[number][1].instances, truth.instances), "from the cache"
+        assert torch.equal(stored[number][1].instances, truth.instances), "without it"
+    assert dataset(named, **draws)[0][1].instances is None
+
+
 def test_the_draws_of_a_drive_hold_until_it_ends(world):
     data = dataset(world, flips=True, turn=40.0)
     mounts = {}
@@ -203,8 +236,6 @@ def test_a_window_brings_all_its_times_and_is_fresh(world):
 
 
 def test_a_gap_in_a_scene_begins_a_drive(world, tmp_path):
-    import shutil
-
     from data import layout
 
     root = tmp_path / "torn"
@@ -246,10 +277,13 @@ def test_a_label_packed_and_unpacked_is_the_label():
     flow = torch.from_numpy(rng.normal(size=(*grid.shape, 2)).astype(np.float32))
     flow[rng.random(grid.shape) < 0.5] = 0
     flow[rng.random(grid.shape) < 0.3] = torch.nan
+    ids = torch.from_numpy(rng.integers(0, 3, grid.shape).astype(np.int32) * 100_000)
     for seen in (torch.ones(grid.shape, dtype=torch.bool), torch.from_numpy(rng.random(grid.shape) < 0.5)):
-        for motion in (None, flow):
-            truth = Occupancy(grid, OPENOCC, labels, motion, seen)
+        for motion, instances in ((None, None), (flow, None), (flow, ids), (None, ids)):
+            truth = Occupancy(grid, OPENOCC, labels, motion, seen, instances)
             again = _Packed(truth).unpacked()
+            assert (again.flow is None, again.instances is None) == (motion is None, instances is None)
+            assert instances is None or (again.instances.dtype, again.instances.tolist()) == (torch.int32, ids.tolist())
             assert torch.equal(again.labels, labels) and torch.equal(again.seen, seen)
             assert motion is None or torch.equal(again.flow.nan_to_num(9), flow.nan_to_num(9))
 
@@ -284,8 +318,6 @@ def test_another_table_of_classes_is_refused_at_once(world):
 
 
 def test_a_broken_picture_is_one_sentence_from_any_worker(world, tmp_path):
-    import shutil
-
     root = tmp_path / "broken"
     shutil.copytree(world.dataroot, root)
     for path in Path(root / "samples" / "CAM_BACK").glob("*.jpg"):

@@ -47,6 +47,7 @@ class Config:
     classes: str = OPENOCC.table
     as_published: bool = False
     sweeps: ClassVar[int] = 0
+    panoptic: ClassVar[bool] = False
 
     @property
     def table(self) -> Classes:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,26 +30,35 @@ def sample(seed, flow=True):
     return prediction(told, OPENOCC, flows[1] if flow else None, GRID), truth(labels, OPENOCC, flows[0], seen, GRID)
 
 
-def scored(seeds, flow=True):
+def scored(seeds, flow=True, panoptic=False):
     scores = Scores(OPENOCC)
     for seed in seeds:
-        scores.add(f"sample {seed}", *sample(seed, flow), EYES)
+        volumes = sample(seed, flow)
+        scores.add(f"sample {seed}", *(map(numbered, volumes) if panoptic else volumes), EYES)
     return scores
 
 
+def numbered(volume):
+    """With instances: blocks of two metres, told apart by their class."""
+    x, y, _ = torch.meshgrid(*(torch.arange(n) // 5 for n in GRID.shape), indexing="ij")
+    ids = (1 + volume.labels.long() + 20 * (x + 8 * y)) * (volume.labels != OPENOCC.free)
+    return replace(volume, instances=ids.int())
+
+
 def test_any_split_and_order_gives_the_same_bits():
-    whole = scored(range(6)).result()
+    whole = scored(range(6), panoptic=True).result()
     assert 0.1 < whole["RayIoU"] < 1 and whole["mAVE"] > 0 and 0 < whole["OccScore"] < 1, "the test must say something"
+    assert 0.1 < whole["RayPQ"] < 1
     for parts in ([[5, 0, 3], [1, 4, 2]], [[2], [], [0, 1, 5, 4, 3]]):
-        again = total([scored(part) for part in parts], OPENOCC).result()
+        again = total([scored(part, panoptic=True) for part in parts], OPENOCC).result()
         assert json.dumps(again) == json.dumps(whole)
 
 
 def test_stored_tallies_go_on_where_they_ended():
-    whole = scored(range(4))
-    half = Scores.from_json(json.loads(json.dumps(scored(range(2)).to_json())))
+    whole = scored(range(4), panoptic=True)
+    half = Scores.from_json(json.loads(json.dumps(scored(range(2), panoptic=True).to_json())))
     for seed in (2, 3):
-        half.add(f"sample {seed}", *sample(seed), EYES)
+        half.add(f"sample {seed}", *map(numbered, sample(seed)), EYES)
     assert json.dumps(half.to_json()) == json.dumps(whole.to_json())
     assert half.result() == whole.result()
 
@@ -58,9 +68,25 @@ def test_truth_against_truth_is_a_hundred_percent():
     _, true = sample(0)
     known = true.flow.nan_to_num()
     told = prediction(true.labels, OPENOCC, known, GRID)
-    scores.add("a", told, truth(true.labels, OPENOCC, known, true.seen, GRID), EYES)
+    true = truth(true.labels, OPENOCC, known, true.seen, GRID)
+    scores.add("a", numbered(told), numbered(true), EYES)
     got = scores.result()
-    assert got["mIoU"] == got["RayIoU"] == got["OccScore"] == 1.0 and got["mAVE"] == 0.0
+    assert got["mIoU"] == got["RayIoU"] == got["OccScore"] == got["RayPQ"] == 1.0 and got["mAVE"] == 0.0
+
+
+def test_raypq_is_told_of_what_the_rays_met_where_both_have_instances():
+    told, true = map(numbered, sample(0))
+    both, by_hand = Scores(OPENOCC), RayPq(OPENOCC)
+    both.add("a", told, true, EYES)
+    met, stops = hits(told, EYES), hits(true, EYES)
+    by_hand.add("a", met, stops, told.instances.flatten()[met.voxel], true.instances.flatten()[stops.voxel])
+    got, expected = both.result(), by_hand.result()
+    assert got["RayPQ"] == expected.raypq and got["panoptic"]["missed"]["car"] == list(expected.missed["car"])
+    for one, other in ((replace(told, instances=None), true), (told, replace(true, instances=None))):
+        alone = Scores(OPENOCC)
+        alone.add("a", one, other, EYES)
+        assert "RayPQ" not in alone.result() and "panoptic" not in alone.result()
+        assert alone.result()["RayIoU"] == got["RayIoU"]
 
 
 def test_a_truth_that_was_cast_before_gives_the_same():
@@ -122,7 +148,7 @@ def test_the_panoptic_tally_too_is_the_sum_of_its_parts():
     assert repr(stored.result()) == repr(whole.result()) and stored.to_json() == whole.to_json()
 
 
-@pytest.mark.parametrize("change", [{"miou": {}}, {"rayiou": None}, {"without_flow": None}])
+@pytest.mark.parametrize("change", [{"miou": {}}, {"rayiou": None}, {"raypq": None}, {"without_flow": None}])
 def test_what_is_no_stored_tally_is_refused(change):
     with pytest.raises(ValueError, match="tall"):
         Scores.from_json(scored([0]).to_json() | change)
