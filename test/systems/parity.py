@@ -110,8 +110,10 @@ def without(rule, monkeypatch, layers, home) -> None:
         monkeypatch.setattr(F, "layer_norm", lambda x, shape, *more: norm(x, tuple(shape)[-1:], *more))
     elif rule == ROW:
         attention = F.scaled_dot_product_attention
-        monkeypatch.setattr(
-            F, "scaled_dot_product_attention", lambda *given, attn_mask, **how: attention(*given, attn_mask.mT, **how)
-        )
+
+        def turned(q, k, v, attn_mask=None, *more, **how):  # attention without a mask stays as it is
+            return attention(q, k, v, None if attn_mask is None else attn_mask.mT, *more, **how)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", turned)
     else:
         raise ValueError(f"no rule: {rule}")
