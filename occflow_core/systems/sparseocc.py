@@ -57,7 +57,6 @@ SCALES = 3  # each halves the edge of a voxel
 CHILDREN = torch.tensor(  # in this order, halves of a voxel along x, y, z
     [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
 )
-FAINT = 0.01  # a voxel whose masks together say less is free (`sparseocc_head.py`, `merge_semseg`)
 OVERLAP = 0.8  # a segment of which others take more than the rest is none (`overlap_threshold`)
 # of the costs that match queries with segments: class (2 by the matcher, 2 by its focal loss), mask, dice
 MATCHING = (4.0, 5.0, 5.0)
@@ -105,6 +104,7 @@ class Config:
     frames: int = 8  # times of a window, `nn.instants.SPACING` apart
     dropout: float = 0.1  # in training, of what voxels say to each other and of feed-forward blocks
     threshold: float = 0.3  # a query whose best class scores less says nothing
+    faint: float = 0.01  # a voxel of which masks together say less is free
     panoptic: bool = False  # whether masks are of single things, and predictions tell which
     flow: int = 0  # scales that predict flow, counted from the finest; 0: none
     filled_weight: float = 1.0  # of being filled or free: v1.0's binary cross-entropy, v1.1's geometric affinity
@@ -167,6 +167,7 @@ PRESETS["nano"] = Config(
     mixed=32,
     hidden=192,
     dropout=0.0,
+    faint=0.2,  # so few steps do not make masks sure of what they do not cover
     as_published=False,
 )
 _4D = replace(PRESETS["v1.0-8f"], flow=SCALES, as_published=False, classes=OPENOCC.table)
@@ -731,7 +732,7 @@ def decoded(
     said, covered = names.sigmoid(), masks.sigmoid()
     sure = said.amax(-1) > config.threshold
     score, label = torch.einsum("qc,qk->ck", said * sure[:, None], covered).max(0)
-    label = torch.where(score < FAINT, classes.free, label)
+    label = torch.where(score < config.faint, classes.free, label)
     instance = None
     if config.panoptic:
         label, instance = segments_told(said[sure], covered[sure], classes, config.as_published)
@@ -748,7 +749,7 @@ def decoded(
     if instance is not None:
         instances = torch.zeros(grid.shape, dtype=torch.int32, device=where.device)
         instances[at] = instance[inside].int()
-    return Prediction(grid, classes, labels, scores, flows, **({} if instances is None else {"instances": instances}))
+    return Prediction(grid, classes, labels, scores, flows, instances=instances)
 
 
 def segments_told(said: Tensor, covered: Tensor, classes: Classes, published: bool) -> tuple[Tensor, Tensor]:

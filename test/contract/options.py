@@ -100,6 +100,7 @@ OPTIONS = {  # each of them must change something
         "frames": 3,
         "dropout": 0.5,
         "threshold": 0.6,
+        "faint": 0.9,
         "panoptic": True,
         "flow": 2,
         "filled_weight": 2.0,

@@ -45,7 +45,9 @@ def truth_of(config, lanes=1, seed=0, flow=True) -> Occupancy:
         classes.free,
     ).to(torch.uint8)
     speeds = torch.randn(*shape, 2, generator=generator) if flow else None
-    return Occupancy(config.grid, classes, labels, speeds, torch.rand(shape, generator=generator) < 0.7)
+    seen = torch.rand(shape, generator=generator) < 0.7
+    ids = torch.randint(0, 9, shape, generator=generator).int() if config.panoptic else None
+    return Occupancy(config.grid, classes, labels, speeds, seen, ids)
 
 
 def tensors(value) -> list[Tensor]:

@@ -151,7 +151,7 @@ def test_without_ego_motion_nothing_is_published_and_the_reason_is_said(tmp_path
     assert recording.node_exit == 0
 
 
-@pytest.mark.parametrize("model", ["opus-v2-nano", "opus-fusion-nano"])
+@pytest.mark.parametrize("model", ["opus-v2-nano", "opus-fusion-nano", "sparseocc4d-nano"])
 def test_another_system_drives_by_changing_one_parameter(tmp_path, model):
     layout.write(tmp_path / "data", keyframes=2)
     write_scene_bag(tmp_path / "data", "scene-0001", tmp_path / "bag", progress=False)
