@@ -111,8 +111,7 @@ def _segments(classes: Classes, labels: Tensor, ids: Tensor) -> tuple[np.ndarray
     """Class and segment of each ray. An instance keeps its class only if all its rays agree on it; rays of a thing
     without an instance, or of one of two classes, make one segment of their class (id 0)."""
     labels, ids = labels.cpu().numpy().astype(np.int64), ids.cpu().numpy().astype(np.int64)
-    pairs = np.unique(np.stack([ids, labels]), axis=1)
-    number, of = np.unique(pairs[0], return_counts=True)
+    number, of = np.unique(_pairs(ids, labels)[0], return_counts=True)
     mixed = np.isin(ids, number[of > 1])
     things = np.isin(labels, classes.moving_ids)
     return labels, np.where(things & ~mixed, ids, 0)
@@ -120,14 +119,21 @@ def _segments(classes: Classes, labels: Tensor, ids: Tensor) -> tuple[np.ndarray
 
 def _matches(true: np.ndarray, told: np.ndarray, segments, guesses) -> list[tuple[int, int, int, int]]:
     """(true id, told id, intersection, union) of those that overlap by more than half; ids of the rays in both."""
-    pairs, intersections = np.unique(np.stack([true, told]), axis=1, return_counts=True)
     area, guess = dict(zip(*segments)), dict(zip(*guesses))
     out = []
-    for (a, b), intersection in zip(pairs.T.tolist(), intersections.tolist()):
+    for a, b, intersection in zip(*(part.tolist() for part in _pairs(true, told))):
         union = int(area[a] + guess[b]) - intersection
         if 2 * intersection > union:
             out.append((a, b, intersection, union))
     return out
+
+
+def _pairs(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The different pairs of two int64 arrays of int32's numbers, in order, and how often each is there."""
+    # as one number each: sorting those takes a tenth of the time that sorting pairs takes
+    keys, times = np.unique(one * 2**32 + other, return_counts=True)
+    other = (keys + 2**31) % 2**32 - 2**31
+    return (keys - other) >> 32, other, times
 
 
 def _large(segments: tuple[np.ndarray, np.ndarray], matched: list[int]) -> int:
