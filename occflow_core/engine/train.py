@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -72,7 +73,7 @@ def _train(run: Run, out: Path, processes: Processes, after_step, progress: bool
     )
 
     # ---- the network, its optimiser, and where they were
-    system = _built(run).to(device).train()
+    system = _built(run, partial(print, file=sys.stderr) if progress else _silent).to(device).train()
     _freeze(system, run.frozen)
     if run.frozen_norms:
         still(system.backbone)
@@ -203,7 +204,11 @@ class _State:
 # ---- parts
 
 
-def _built(run: Run) -> nn.Module:
+def _silent(sentence: str) -> None:
+    pass
+
+
+def _built(run: Run, say: Callable[[str], None]) -> nn.Module:
     name, _ = parse(run.model)
     made = SYSTEMS[name]
     if run.weights is None:
@@ -212,26 +217,31 @@ def _built(run: Run) -> nn.Module:
         if run.backbone is not None:
             fill_backbone(system, run.backbone)
         return system
-    return _begun(run, made)
+    return _begun(run, made, say)
 
 
-def _begun(run: Run, made: type[nn.Module]) -> nn.Module:
+def _begun(run: Run, made: type[nn.Module], say: Callable[[str], None]) -> nn.Module:
     """The system that `run.weights` hold, at the run's config: of pictures of another size, and of more frames where
-    the system can grow. ValueError where anything else differs."""
+    the system can grow; `say` is told which tensors changed their shapes. ValueError where anything else differs."""
     model = runtime.stored(run.weights)
     system = model.system
-    wrong = differences(_as_dict(system.config), _as_dict(run.config))
     if type(system) is not made:
         raise ValueError(f"{run.weights} holds {model.name}, not {run.model}")
+    wrong = differences(_as_dict(system.config), _as_dict(run.config))
     may = ["config.height", "config.width"] + ["config.frames"] * hasattr(made, "grown")
     others = [line for line in wrong if line.split(" ")[0] not in may]
     if others:
         raise ValueError(f"{run.weights} is of another config: {'; '.join(others)}")
+    if not wrong:
+        return system
+    before = system.state_dict()
     if system.config.frames != run.config.frames:
-        return system.grown(run.config)
-    if wrong:
-        tensors, system = system.state_dict(), made(run.config)
-        system.load_state_dict(tensors)
+        system = system.grown(run.config)
+    else:
+        system = made(run.config)
+        system.load_state_dict(before)
+    grew = [n for n, t in system.state_dict().items() if t.shape != before[n].shape]
+    say(f"{run.weights}: {'; '.join(wrong)}; {'grew: ' + ', '.join(grew) if grew else 'all tensors fit'}")
     return system
 
 

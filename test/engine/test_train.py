@@ -194,8 +194,8 @@ def test_what_is_remembered_random_and_averaged_is_gone_on_with(root, whole, tmp
         assert curve(harmed)[:8] == curve(whole)[:8] and curve(harmed)[8:] != curve(whole)[8:], harm.__name__
 
 
-@pytest.mark.parametrize("model", ["opus", "opus-v2", "opus-fusion"])
-def test_opus_goes_on_in_the_middle_of_a_drive_as_if_nothing_had_happened(root, tmp_path, model):
+@pytest.mark.parametrize("model", ["opus", "opus-v2", "opus-fusion", "sparseocc4d"])
+def test_a_system_goes_on_in_the_middle_of_a_drive_as_if_nothing_had_happened(root, tmp_path, model):
     """Thirty-two channels a group: long enough for a dot product to depend on where its numbers lie in memory."""
     run = with_settings(tiny.run(root, model), ["steps=6", "save_every=3", "keep=9"])
     run = replace(run, config=replace(run.config, channels=64, groups=2))
@@ -396,6 +396,23 @@ def test_weights_to_begin_with_must_be_of_the_same_config(root, whole, tmp_path)
     first = []
     trained(root, tmp_path / "b", f"weights={weights}", "steps=1", after_step=[lambda s, m: first.append(s.loss)])
     assert first[0] < float(curve(whole)[0]["loss"])
+
+
+def test_weights_go_on_with_more_frames_and_larger_pictures_and_it_is_said_what_grew(root, tmp_path, capsys):
+    short = ["steps=2", "data.window=window"]
+    train(with_settings(tiny.run(root, "sparseocc4d"), short), tmp_path / "a", "cpu", progress=False)
+    weights = f"weights={tmp_path / 'a/weights.safetensors'}"
+    more = [*short, weights, "config.frames=3", "config.height=96", "config.width=128"]
+    train(with_settings(tiny.run(root, "sparseocc4d"), more), tmp_path / "b", "cpu")
+    said = capsys.readouterr().err
+    assert "config.frames was 2, is 3" in said and "grew: scales.0.mixing.matrices.weight, " in said
+    config = runtime.load("sparseocc4d-nano", tmp_path / "b/weights.safetensors").system.config
+    assert (config.frames, config.height, config.width) == (3, 96, 128)
+    for wrong, words in (("config.queries=11", "queries was 12, is 11"), ("config.frames=1", "does not shrink to 1")):
+        with pytest.raises(ValueError, match=words):
+            train(with_settings(tiny.run(root, "sparseocc4d"), [*short, weights, wrong]), tmp_path / "c", "cpu")
+    with pytest.raises(ValueError, match="holds sparseocc4d-nano, not opus-nano"):
+        train(with_settings(tiny.run(root, "opus"), [weights]), tmp_path / "d", "cpu", progress=False)
 
 
 def test_a_part_that_is_not_there_is_named(root, tmp_path):

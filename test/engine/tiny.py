@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path[0] = str(TEST)
 
 from data import layout  # noqa: E402
-from systems import small, small_fusion, small_v2  # noqa: E402
+from systems import small, small_fusion, small_sparse, small_v2  # noqa: E402
 
 from occflow_core.data.nuscenes import NuScenes  # noqa: E402
 from occflow_core.engine import Data, Optimise, Run  # noqa: E402
@@ -132,8 +132,9 @@ def world(root: Path, scenes: int = 3, keyframes: int = 7) -> Path:
 def run(root: Path, model: str = "tiny") -> Run:
     config = Config()
     if model != "tiny":
-        those = {"opus": small, "opus-v2": small_v2, "opus-fusion": small_fusion}
-        config = replace(those[model].CONFIG, grid=OPUS_GRID, classes=OPENOCC.table)
+        those = {s: of.CONFIG for s, of in (("opus", small), ("opus-v2", small_v2), ("opus-fusion", small_fusion))}
+        those["sparseocc4d"] = small_sparse.CONFIG
+        config = replace(those[model], grid=OPUS_GRID, classes=OPENOCC.table)
     return Run(
         model="tiny-preset" if model == "tiny" else f"{model}-nano",
         config=config,

@@ -16,6 +16,19 @@ from occflow_core.systems import sparseocc
 from occflow_core.systems.base import load_strictly
 from occflow_core.types import Occupancy
 
+CONFIG = replace(
+    sparseocc.PRESETS_4D["nano"],
+    height=64,
+    width=96,
+    kept=(40, 160, 600),
+    kept_in_training=(50, 200, 700),
+    queries=12,
+    channels=32,
+    mixed=8,
+    hidden=64,
+    frames=2,
+    grid=Grid((-12.0, -10.0, -1.0), (1.0, 1.0, 0.8), (24, 20, 8)),  # 20 does not divide by 8
+)
 V11 = replace(
     sparseocc.PRESETS["8f"],
     height=small_v2.PARITY.height,

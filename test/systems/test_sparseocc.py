@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.options import SMALL
+from systems import small_sparse
 from systems.rig import drive
 
 from occflow_core.geometry import OCC3D_GRID, Grid
@@ -16,8 +16,8 @@ from occflow_core.systems.base import seeded
 from occflow_core.systems.sparseocc import Kept, SparseOcc, SparseOcc4D
 from occflow_core.types import OCC3D, OPENOCC, Clip, Occupancy
 
-GRID = Grid((-12.0, -10.0, -1.0), (1.0, 1.0, 0.8), (24, 20, 8))  # 20 does not divide by 8
-BASE = replace(SparseOcc4D.PRESETS["nano"], height=64, width=96, grid=GRID, frames=2, **SMALL["sparseocc4d"])
+BASE = small_sparse.CONFIG
+GRID = BASE.grid
 NEWER = replace(BASE, generation="v1.1", iterations=2)
 BOTH = pytest.mark.parametrize("config", [BASE, NEWER], ids=["v1.0", "v1.1"])
 CAR, ROAD, WALL = (OPENOCC.id(name) for name in ("car", "driveable_surface", "manmade"))

@@ -272,18 +272,15 @@ def test_with_another_threshold_of_classes_they_are_others(threshold):
     assert merges_differ(kept_crowd(config), config, "crowd ") == {"labels", "pano", "ids"}
 
 
-@pytest.mark.parametrize(
-    "name, value, which",
-    [
-        ("FAINT", 0.009, {"labels"}),
-        ("FAINT", 0.011, {"labels"}),
-        ("OVERLAP", 0.79, set()),
-        ("OVERLAP", 0.8 + 1e-9, {"pano", "ids"}),
-        ("OVERLAP", 0.59, {"pano", "ids"}),
-    ],
-)
-def test_so_they_are_with_another_share_that_is_too_faint_or_too_little(monkeypatch, name, value, which):
-    monkeypatch.setattr(sparseocc, name, value)
+@pytest.mark.parametrize("faint", [0.009, 0.011])
+def test_so_are_labels_with_another_share_that_is_too_faint(faint):
+    config = replace(PARITY["v1.1"], faint=faint)
+    assert merges_differ(kept_crowd(config), config, "crowd ") == {"labels"}
+
+
+@pytest.mark.parametrize("overlap, which", [(0.79, set()), (0.8 + 1e-9, {"pano", "ids"}), (0.59, {"pano", "ids"})])
+def test_so_are_segments_with_another_share_that_others_may_take(monkeypatch, overlap, which):
+    monkeypatch.setattr(sparseocc, "OVERLAP", overlap)
     assert merges_differ(kept_crowd(PARITY["v1.1"]), PARITY["v1.1"], "crowd ") == which
 
 
