@@ -228,7 +228,9 @@ def _begun(run: Run, made: type[nn.Module], say: Callable[[str], None]) -> nn.Mo
     if type(system) is not made:
         raise ValueError(f"{run.weights} holds {model.name}, not {run.model}")
     wrong = differences(_as_dict(system.config), _as_dict(run.config))
-    may = ["config.height", "config.width"] + ["config.frames"] * hasattr(made, "grown")
+    may = ["config.height", "config.width"]
+    if hasattr(made, "grown"):
+        may.append("config.frames")
     others = [line for line in wrong if line.split(" ")[0] not in may]
     if others:
         raise ValueError(f"{run.weights} is of another config: {'; '.join(others)}")

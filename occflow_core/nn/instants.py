@@ -17,7 +17,6 @@ from ..types import Clip
 SPACING = 0.5  # s between the times of a window: nuScenes' key frames
 KEEP_EVERY = 0.25  # s: a frame enters the memory when the newest one there is this old
 JITTER = 0.015  # s by which a camera's clock may be early
-KEEP = 15  # frames in the memory: at KEEP_EVERY they reach back to the eighth time of a window
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,13 @@ def remember(clip: Clip, rows: Tensor, memory: Memory | None, frames: int) -> tu
         for entry in reversed(given):  # oldest first
             if not past or past[0].age - entry.age >= KEEP_EVERY - JITTER:
                 past = [replace(entry, rows=entry.rows.detach()), *past]
-        lanes.append(tuple(past[:KEEP]))
+        lanes.append(tuple(past[: kept(frames)]))
     return windows, Memory(tuple(lanes))
+
+
+def kept(frames: int) -> int:
+    """How many instants a memory keeps: at KEEP_EVERY they reach back to the oldest time of a window."""
+    return 1 + round((frames - 1) * SPACING / KEEP_EVERY)
 
 
 def _window(entries: Sequence[Entry], frames: int) -> list[Entry]:

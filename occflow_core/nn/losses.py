@@ -58,16 +58,16 @@ def lovasz_softmax(probabilities: Tensor, labels: Tensor) -> Tensor:
     costs = []
     for c in labels.unique().tolist():
         if c < probabilities.shape[1]:
-            is_true = (labels == c).to(probabilities)
-            error, order = (is_true - probabilities[:, c]).abs().sort(descending=True)
-            costs.append(error @ _lovasz_gradient(is_true[order]))
+            is_true = labels == c
+            error, order = (is_true.to(probabilities) - probabilities[:, c]).abs().sort(descending=True)
+            costs.append(error @ _lovasz_gradient(is_true[order]).to(error))
     return torch.stack(costs).mean() if costs else probabilities.sum() * 0.0
 
 
 def _lovasz_gradient(is_true: Tensor) -> Tensor:
-    """How much 1 - IoU grows with each further error, in the order of the errors: (V,) of 0 and 1 -> (V,)."""
-    total = is_true.sum()
-    lost = 1 - (total - is_true.cumsum(0)) / (total + (1 - is_true).cumsum(0))
+    """How much 1 - IoU grows with each further error, in the order of the errors: (V,) bool -> (V,) float64."""
+    total = is_true.sum()  # whole numbers: their running sums are exact on any device
+    lost = 1 - (total - is_true.cumsum(0)).double() / (total + (~is_true).cumsum(0))
     return torch.cat([lost[:1], lost[1:] - lost[:-1]])
 
 
@@ -83,8 +83,8 @@ def affinity(probability: Tensor, true: Tensor) -> Tensor:
         return cost
     right = (1 - probability) @ (1 - is_true)
     for part, whole in ((hit, probability.sum()), (hit, is_true.sum()), (right, (1 - is_true).sum())):
-        if whole > 0:  # as F.binary_cross_entropy, whose logarithm ends at -100
-            cost = cost + F.binary_cross_entropy((part / whole).clamp(0, 1), torch.ones_like(part))
+        if not whole <= 0:  # a NaN must come as far as the loss, where whoever trains names it
+            cost = cost - (part / whole).clamp_min(1e-38).log()
     return cost
 
 
@@ -94,7 +94,7 @@ def geometric_affinity(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def semantic_affinity(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """The mean `affinity` of the classes that occur: probabilities (V, C), labels (V,) int64 -> scalar."""
+    """The mean `affinity` of the classes that occur: probabilities (V, C), labels (V,) int64 below C -> scalar."""
     there = labels.unique().tolist()
     costs = [affinity(probabilities[:, c], labels == c) for c in there]
     return torch.stack(costs).mean() if costs else probabilities.sum() * 0.0

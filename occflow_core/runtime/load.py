@@ -65,18 +65,23 @@ def load(
         built = seeded(made(made.PRESETS[preset]), seed)
         resize = "pillow" if built.config.as_published else "fast"
         return Model(built.eval().to(device), model + UNTRAINED, False, resize, None)
-    found = stored(weights, device)
-    told = found.name.removesuffix(UNTRAINED)
-    if told != model:
-        raise ValueError(f"{weights} holds {told}, not {model}")
-    return found
+    about, tensors, digest = _read(Path(weights))
+    if (about["system"], about["preset"]) != (system, preset):
+        raise ValueError(f"{weights} holds {about['system']}-{about['preset']}, not {model}")
+    return _filled(weights, about, tensors, digest, device)
 
 
 def stored(weights: Path | str, device: str | torch.device = "cpu") -> Model:
     """The model that a file of weights holds, whichever it is. ValueError as `load`."""
     about, tensors, digest = _read(Path(weights))
-    model = f"{about['system']}-{about['preset']}"
-    made = SYSTEMS[parse(model)[0]]
+    if about["preset"] not in getattr(SYSTEMS.get(about["system"]), "PRESETS", ()):
+        raise ValueError(f"{weights} holds {about['system']}-{about['preset']}, which this version does not know")
+    return _filled(weights, about, tensors, digest, device)
+
+
+def _filled(weights: Path | str, about: dict[str, Any], tensors: dict[str, torch.Tensor], digest: str, device) -> Model:
+    """What `_read` found as a model."""
+    model, made = f"{about['system']}-{about['preset']}", SYSTEMS[about["system"]]
     try:
         built = made(_config(type(made.PRESETS[about["preset"]]), about["config"]))
         load_strictly(built, tensors)

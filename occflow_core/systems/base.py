@@ -17,7 +17,7 @@ class System(Protocol):
     A class of systems also has PRESETS (name -> config), NAMES (the authors' parameter names -> ours, see `translate`)
     and `constants()` (the authors' buffers that must equal what our config says, by their names). It may have
     `adapted(config, tensors)` (the config for an authors' checkpoint whose kind its names tell) and `grown(config)` (a
-    system of more frames that says what this one says).
+    system of more frames that goes on from this one).
     """
 
     # its own frozen Config: height and width (pixels) of its pictures, grid, classes, as_published; sweeps: how many

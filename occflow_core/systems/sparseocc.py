@@ -12,7 +12,7 @@ is not public and it states of its weights only that of the flow, 2.0. What it l
   of the kept voxels, beside the one that names them; it tells m/s as they are;
 - its loss is over voxels of classes that move and whose velocity is known: a mean over those of the whole batch, so
   that a scale's cell is drawn to the mean velocity of the finest voxels in it;
-- at inference the last scale's velocities are those of its voxels, and free space has none;
+- at inference the last scale's velocities are those of its voxels of classes that move, and all else has none;
 - the other weights are those of SparseOcc: 1 and 1 of voxels, 2 times 2 of classes, 5 and 5 of masks.
 
 A forward pass: voxels of eight times the edge, everywhere; three times (a `Scale`) they look into the pictures, are cut
@@ -23,21 +23,23 @@ Where we depart, always:
 - Grids of any shape: cells that lie outside are never looked at by a loss, a mask or a prediction.
 - A camera that is not used is never looked into.
 - Where a mask is looked at is drawn from a table (`Masks.draws`), not anew each time: a frame seen twice says the same.
-- What a turned world brings from outside the labels is free and unseen; the authors leave it out of two of the losses.
+- What a turned world brings from outside the labels is free and unseen; of the authors' losses of v1.1 only Lovász and
+  masks hear of it.
 - No voxel of a class, no query without a voxel: means over nothing cost nothing; the authors' code stops.
 - Losses of v1.0's names are cross-entropies over what is filled; where nothing is, nought.
 Where `Config.as_published` is off (our own recipes), also:
 - the sampling rules of `ops.sample`;
 - kept voxels stay in the order of the grid, not of their scores: nothing then hangs on which of two equals is first;
 - masks are looked at in the middle of voxels, not at their corners, and where none has any voxel, all over the grid;
-- what no camera sees counts HIDDEN in the losses of voxels, and not at all in those of whole sets;
+- what no camera sees counts HIDDEN in the losses of voxels and not at all in those of whole sets (Lovász, affinities);
+  masks cover it as they cover all else;
 - classes begin at 0.01, not at one half;
 - every segment of a class that does not move is named, not only its first.
 
 B batch, T time (newest first), Q queries, K voxels kept, G groups, S sampled points of a group, C channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -104,7 +106,7 @@ class Config:
     frames: int = 8  # times of a window, `nn.instants.SPACING` apart
     dropout: float = 0.1  # in training, of what voxels say to each other and of feed-forward blocks
     threshold: float = 0.3  # a query whose best class scores less says nothing
-    faint: float = 0.01  # a voxel of which masks together say less is free
+    faint: float = 0.01  # a voxel of which masks together say less is free; where panoptic, segments decide instead
     panoptic: bool = False  # whether masks are of single things, and predictions tell which
     flow: int = 0  # scales that predict flow, counted from the finest; 0: none
     filled_weight: float = 1.0  # of being filled or free: v1.0's binary cross-entropy, v1.1's geometric affinity
@@ -306,14 +308,15 @@ class SparseOcc(nn.Module):
             raise ValueError("sparseocc: a panoptic network learns instances, the truth has none")
         terms = {}
         for i, kept in enumerate(output.kept):
-            terms |= {f"{name} {i}": term for name, term in voxel_losses(kept, truth, config).items()}
+            fine = [Fine.of_lane(kept, truth, lane, config.as_published) for lane in range(len(truth.labels))]
+            terms |= {f"{name} {i}": term for name, term in voxel_losses(kept, fine, config).items()}
             if kept.flow is not None:
-                terms[f"flow {i}"] = config.flow_weight * flow_loss(kept, truth)
+                terms[f"flow {i}"] = config.flow_weight * flow_loss(kept.flow, fine, config.table)
         segments = [segments_of(output.kept[-1], truth, lane, config.panoptic) for lane in range(len(truth.labels))]
-        count = output.masks[0].new_tensor(float(sum(len(label) for _, label in segments)))
+        count = mean_over_processes(output.masks[0].new_tensor(float(sum(len(label) for _, label in segments))))
         for j, (masks, names) in enumerate(zip(output.masks, output.names, strict=True)):
             costs = mask_losses(masks, names, segments, output.kept[-1].inside, config)
-            terms |= {f"{name} {j}": term / mean_over_processes(count) for name, term in costs.items()}
+            terms |= {f"{name} {j}": term / count for name, term in costs.items()}
         return terms
 
     @torch.no_grad()
@@ -344,7 +347,7 @@ class SparseOcc(nn.Module):
             if isinstance(block, Mixing):
                 tensors |= _grown_mixing(name, self.get_submodule(name), block)
         more.load_state_dict(tensors)
-        return more.train(self.training)
+        return more.to(self.mean.device).train(self.training)
 
     def constants(self) -> dict[str, Tensor]:
         """None: the authors' checkpoints hold no buffers that say what they are for."""
@@ -429,16 +432,16 @@ class Scale(nn.Module):
             else:
                 names = self.name(feature)
                 score = 1 - names.softmax(-1)[..., -1]
-        score = score.detach().masked_fill(~inside, -torch.inf)
-        best = score.topk(min(number, score.shape[1]), dim=1).indices
-        if not self.config.as_published:
-            best = best.sort(dim=1).values
-        feature, corner = _taken(feature, best), _taken(corner, best)
-        if self.filled is not None:
-            filled, names = filled.gather(1, best), self.name(feature)
-        else:
-            filled, names = None, _taken(names, best)
-        flow = None if self.flow is None else self.flow(feature)
+            score = score.detach().masked_fill(~inside, -torch.inf)
+            best = score.topk(min(number, score.shape[1]), dim=1).indices
+            if not self.config.as_published:
+                best = best.sort(dim=1).values
+            feature, corner = _taken(feature, best), _taken(corner, best)
+            if self.filled is not None:
+                filled, names = filled.gather(1, best), self.name(feature)
+            else:
+                filled, names = None, _taken(names, best)
+            flow = None if self.flow is None else self.flow(feature)
         return Kept(edge // 2, corner // (edge // 2), inside.gather(1, best), filled, names, flow), corner, feature
 
 
@@ -537,7 +540,7 @@ class Masks(nn.Module):
         queries say before the layer, and each time after it."""
         query = self.begin.weight.expand(len(told), -1, -1)
         position = self.position.weight
-        voxel = query.new_tensor(self.config.grid.voxel)
+        voxel = self.draws.new_tensor(self.config.grid.voxel)
         masks, names = [self.mask(query) @ told.mT], [self.name(query)]
         for i in range(self.config.iterations):
             asking = query + position
@@ -558,16 +561,16 @@ class Masks(nn.Module):
         count = covered[..., -1:]
         rank = (self.draws[iteration] * count).floor().int()  # (B, Q, G S)
         index = torch.searchsorted(covered, rank + 1).clamp_max(mask.shape[-1] - 1)
-        drawn = _taken(kept.where, index.flatten(1)).unflatten(1, index.shape[1:]).to(mask)
-        anywhere = self.anywhere[iteration] * mask.new_tensor(grid.shape)
+        # in the precision of the tables: half a number is no place in the grid
+        drawn = _taken(kept.where, index.flatten(1)).unflatten(1, index.shape[1:]).to(self.draws)
+        anywhere = self.anywhere[iteration] * self.draws.new_tensor(grid.shape)
         if config.as_published:  # a lane of which no query covers anything draws its places in the first voxel
             none = (count == 0).all(1, keepdim=True)[..., None]
             anywhere = torch.where(none, self.anywhere[iteration].expand(len(mask), -1, -1, -1), anywhere)
         else:
             drawn = drawn + 0.5
-        return torch.where(count[..., None] > 0, drawn, anywhere) * mask.new_tensor(grid.voxel) + mask.new_tensor(
-            grid.low
-        )
+        voxels = torch.where(count[..., None] > 0, drawn, anywhere)
+        return voxels * voxels.new_tensor(grid.voxel) + voxels.new_tensor(grid.low)
 
 
 def tables(iterations: int, queries: int, samples: int) -> tuple[Tensor, Tensor]:
@@ -591,7 +594,7 @@ def tables(iterations: int, queries: int, samples: int) -> tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class _Fine:
+class Fine:
     """The grid's own voxels inside what one scale kept of one lane, V of them."""
 
     of: Tensor  # (V,) int64: which kept voxel
@@ -600,7 +603,7 @@ class _Fine:
     weight: Tensor  # (V,) what it counts
 
     @staticmethod
-    def of_lane(kept: Kept, truth: Occupancy, lane: int, published: bool) -> "_Fine":
+    def of_lane(kept: Kept, truth: Occupancy, lane: int, published: bool) -> "Fine":
         n = kept.edge
         steps = torch.arange(n, device=kept.where.device)
         steps = torch.cartesian_prod(steps, steps, steps)
@@ -609,7 +612,7 @@ class _Fine:
         where = places[there].unbind(-1)
         label = truth.labels[lane][where].long()
         seen = truth.seen[lane][where]
-        return _Fine(
+        return Fine(
             of=there.nonzero()[:, 0],
             label=label,
             flow=None if truth.flow is None else truth.flow[lane][where],
@@ -617,17 +620,16 @@ class _Fine:
         )
 
 
-def voxel_losses(kept: Kept, truth: Occupancy, config: Config) -> dict[str, Tensor]:
-    """What voxels of one scale are, against the finest labels in each of them; means over the lanes.
+def voxel_losses(kept: Kept, fine: Sequence[Fine], config: Config) -> dict[str, Tensor]:
+    """What voxels of one scale are, against the finest labels in each of them, a `Fine` a lane; means over the lanes.
 
     "filled" and "names"; v1.1 also "lovász" and "names' affinity". Labels beyond the table are nobody's.
     """
-    published, free = config.as_published, config.table.free
+    free = config.table.free
     sums: dict[str, Tensor | float] = {}
-    for lane, names in enumerate(kept.names):
-        fine = _Fine.of_lane(kept, truth, lane, published)
-        known = fine.label <= free
-        of, label, weight = fine.of[known], fine.label[known], fine.weight[known].to(names)
+    for lane, (names, voxels) in enumerate(zip(kept.names, fine, strict=True)):
+        known = voxels.label <= free
+        of, label, weight = voxels.of[known], voxels.label[known], voxels.weight[known].to(names)
         if kept.filled is not None:
             costs = losses.balanced(kept.filled[lane][of], label != free, label)
             filled = label != free
@@ -637,19 +639,17 @@ def voxel_losses(kept: Kept, truth: Occupancy, config: Config) -> dict[str, Tens
                 "names": config.names_weight * _mean(named, weight[filled]),
             }
         else:
-            price = [CLASS_WEIGHTS[name] for name in (*config.table.names, "free")]
+            price = names.new_tensor([CLASS_WEIGHTS[name] for name in (*config.table.names, "free")])
             named = F.cross_entropy(names[of], label, reduction="none")
-            probabilities = names.softmax(-1)
-            whole = probabilities[fine.of], fine.label  # Lovász also hears of labels that are nobody's
-            if not published:
-                seen = fine.weight == 1
-                whole = whole[0][seen], whole[1][seen]
-                of, label, weight, named = (part[seen[known]] for part in (of, label, weight, named))
+            probabilities, seen = names.softmax(-1), voxels.weight == 1
+            told = probabilities[voxels.of[seen & known]], voxels.label[seen & known]
             lane_terms = {
-                "filled": config.filled_weight * losses.geometric_affinity(probabilities[of], label),
-                "names": config.names_weight * _mean(named, names.new_tensor(price)[label]),
-                "lovász": config.names_weight * losses.lovasz_softmax(*whole),
-                "names' affinity": config.names_weight * losses.semantic_affinity(probabilities[of], label),
+                "names": config.names_weight * _mean(named, weight * price[label]),
+                # Lovász also hears of labels that are nobody's
+                "lovász": config.names_weight
+                * losses.lovasz_softmax(probabilities[voxels.of[seen]], voxels.label[seen]),
+                "filled": config.filled_weight * losses.geometric_affinity(*told),
+                "names' affinity": config.names_weight * losses.semantic_affinity(*told),
             }
         for name, term in lane_terms.items():
             sums[name] = sums.get(name, 0.0) + term / len(kept.names)
@@ -660,16 +660,15 @@ def _mean(costs: Tensor, weights: Tensor) -> Tensor:
     return (costs * weights).sum() / weights.sum().clamp_min(1e-9)
 
 
-def flow_loss(kept: Kept, truth: Occupancy) -> Tensor:
-    """Mean squared error, m^2/s^2, over the finest voxels of classes that move and whose velocity is known, and over
-    both of its parts; of the whole batch, on all processes."""
-    apart, count = kept.flow.sum() * 0.0, 0.0  # of the same graph: every process of a training has the same terms
-    moving = torch.tensor(truth.classes.moving_ids, device=kept.flow.device)
-    for lane, flow in enumerate(kept.flow):
-        fine = _Fine.of_lane(kept, truth, lane, True)
-        if fine.flow is not None:
-            known = torch.isin(fine.label, moving) & fine.flow.isfinite().all(-1)
-            apart = apart + ((flow[fine.of[known]] - fine.flow[known]) ** 2).sum()
+def flow_loss(flow: Tensor, fine: Sequence[Fine], classes: Classes) -> Tensor:
+    """Velocities (B, K, 2): mean squared error, m^2/s^2, over the finest voxels of classes that move and whose velocity
+    is known, and over both of its parts; of the whole batch, on all processes."""
+    apart, count = flow.sum() * 0.0, 0.0  # of the same graph: every process of a training has the same terms
+    moving = torch.tensor(classes.moving_ids, device=flow.device)
+    for told, voxels in zip(flow, fine, strict=True):
+        if voxels.flow is not None:
+            known = torch.isin(voxels.label, moving) & voxels.flow.isfinite().all(-1)
+            apart = apart + ((told[voxels.of[known]] - voxels.flow[known]) ** 2).sum()
             count = count + 2.0 * known.sum()
     return apart / mean_over_processes(torch.as_tensor(count, device=apart.device).to(apart))
 
@@ -745,7 +744,8 @@ def decoded(
     flows = instances = None
     if flow is not None:
         flows = scores.new_zeros(*grid.shape, 2)
-        flows[at] = torch.where((label == classes.free)[:, None], 0.0, flow[inside]).float()
+        moves = torch.isin(label, label.new_tensor(classes.moving_ids))
+        flows[at] = torch.where(moves[:, None], flow[inside], 0.0).float()
     if instance is not None:
         instances = torch.zeros(grid.shape, dtype=torch.int32, device=where.device)
         instances[at] = instance[inside].int()

@@ -9,7 +9,8 @@ SMALL = {
     "opus-fusion": {"queries": 60, "refines": (2, 4, 8), "channels": 32, "hidden": 64, "mixed": 4, "lidar_width": 2},
 }
 _KEPT = {"kept": (40, 160, 600), "kept_in_training": (50, 200, 700), "queries": 12, "channels": 32}
-SMALL["sparseocc"] = SMALL["sparseocc4d"] = {"hidden": 64, "mixed": 8, **_KEPT}
+SMALL["sparseocc4d"] = {"hidden": 64, "mixed": 8, **_KEPT}
+SMALL["sparseocc"] = SMALL["sparseocc4d"] | {"flow": 3}
 OPTIONS = {  # each of them must change something
     "opus": {
         "height": 96,
@@ -99,8 +100,8 @@ OPTIONS = {  # each of them must change something
         "hidden": 32,
         "frames": 3,
         "dropout": 0.5,
-        "threshold": 0.6,
-        "faint": 0.9,
+        "threshold": 0.9,
+        "faint": 5.0,
         "panoptic": True,
         "flow": 2,
         "filled_weight": 2.0,

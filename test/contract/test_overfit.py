@@ -15,7 +15,8 @@ from occflow_core.systems import SYSTEMS
 from occflow_core.types import OPENOCC, Clip, Occupancy
 
 NEAR = Grid((-8.0, -8.0, -1.0), (0.4, 0.4, 0.4), (40, 40, 16))
-# at least four points for each occupied voxel; nothing but what was learned fills a voxel
+# OPUS: at least four points for each occupied voxel; nothing but what was learned fills a voxel. SparseOcc: twice as
+# many voxels are kept as are filled
 EASY = {
     "opus": {
         "queries": 324,
@@ -24,9 +25,17 @@ EASY = {
         "dropout": 0.0,
         "closing": False,
         "threshold": 0.5,
-    }
+    },
+    "sparseocc4d": {
+        "queries": 40,
+        "kept": (240, 1200, 4000),
+        "kept_in_training": (240, 1200, 4000),
+        "frames": 1,
+        "dropout": 0.0,
+        "faint": 0.3,
+    },
 }
-STEPS = 280
+STEPS = {"opus": 280, "sparseocc4d": 120}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +67,8 @@ def test_four_moments_are_learned_by_heart(name, moments):
         torch.stack([t.seen for t in truths]),
     )
     adam = torch.optim.AdamW(system.parameters(), lr=2e-3, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, STEPS, pct_start=0.1)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, STEPS[name], pct_start=0.1)
+    for _ in range(STEPS[name]):
         output, _ = system(clip, None)
         loss = sum(system.loss(output, together).values())
         adam.zero_grad()

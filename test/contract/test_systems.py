@@ -135,7 +135,8 @@ def two(system, frames):
 
 def select(truth: Occupancy, b: int) -> Occupancy:
     flow = None if truth.flow is None else truth.flow[b : b + 1]
-    return replace(truth, labels=truth.labels[b : b + 1], flow=flow, seen=truth.seen[b : b + 1])
+    ids = None if truth.instances is None else truth.instances[b : b + 1]
+    return replace(truth, labels=truth.labels[b : b + 1], flow=flow, seen=truth.seen[b : b + 1], instances=ids)
 
 
 @EACH
@@ -210,10 +211,10 @@ def test_in_half_precision_it_costs_nearly_the_same_and_learns(name):
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = system(clip, None)
     half = system.loss(as_float32(output), truth)
-    # where something is kept, or matched, or not, a hair decides
-    discrete = name.startswith("sparseocc")
+    # which voxels SparseOcc keeps, and which query is matched with which segment, turns on a hair
+    near = 0.1 if name.startswith("sparseocc") else 0.05
     for term, value in whole.items():
-        assert half[term].item() == pytest.approx(value.item(), rel=0.1 if discrete else 0.05), term
+        assert half[term].item() == pytest.approx(value.item(), rel=near), term
     sum(half.values()).backward()
     assert all(p.grad.isfinite().all() for p in system.parameters() if p.requires_grad)
 

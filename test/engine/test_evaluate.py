@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from engine import drives
+from systems import small_sparse
 
 from occflow_core.data.nuscenes import NuScenes
 from occflow_core.engine import Data, Optimise, Run, submission
@@ -33,8 +34,11 @@ from occflow_core.engine.evaluate import (
     evaluate_said,
     table,
 )
+from occflow_core.geometry import OCC3D_GRID
 from occflow_core.metrics import Scores, directions, origins
 from occflow_core.runtime import Model, Stream
+from occflow_core.systems.base import seeded
+from occflow_core.systems.sparseocc import SparseOcc4D
 from occflow_core.types import OCC3D, OPENOCC, Prediction
 
 
@@ -171,6 +175,17 @@ def test_a_model_that_tells_instances_apart_gets_raypq_and_the_average_world_a_d
         with pytest.raises(RuntimeError, match="must score 100 %, got .*'RayPQ'"):
             module._perfect(scores[TRUTH] | {"RayPQ": unequal})
     module._perfect(scores[TRUTH])
+
+
+def test_masks_of_sparseocc_become_instances_that_are_scored(tmp_path, world):
+    few = {"kept": (50, 200, 1500), "kept_in_training": (50, 200, 1500)}
+    config = replace(small_sparse.CONFIG, panoptic=True, queries=1, grid=OCC3D_GRID, **few)
+    system = seeded(SparseOcc4D(config), 0).eval()
+    model = Model(system, "sparseocc4d-nano (untrained)", False, "fast", None)
+    report = scored(tmp_path, world, model, scenes=world.scenes[:1])
+    assert report["panoptic"] and report["scores"][MODEL]["RayPQ"] == 0.0
+    told = Stream(model).step(world.frame(world.keyframes(world.scenes[0])[0]))
+    assert torch.equal(told.instances == 1, told.labels != OPENOCC.free) and 1 <= told.instances.sum() <= 1500
 
 
 def test_what_somebody_said_with_instances_is_scored_with_them(world):

@@ -226,7 +226,7 @@ def test_frozen_norms_are_those_of_the_backbone_and_all_others_learn(root, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("model", ["tiny", "opus"])
+@pytest.mark.parametrize("model", ["tiny", "opus", "sparseocc4d"])
 def test_two_processes_have_the_gradient_of_one_with_the_doubled_batch(root, tmp_path, model):
     """float32, dropout 0, batch norms as they are: to 1e-5 of each tensor's length. Adam's first moment tells it."""
     settings = ("steps=1", "batch=4", "frozen_norms=true", "config.dropout=0", "optimise.clip=1e9", "optimise.rates=()")

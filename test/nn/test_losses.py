@@ -79,7 +79,8 @@ def test_an_affinity_is_nothing_only_where_all_is_right_and_finite_where_all_is_
     p = (~true).double().requires_grad_()
     cost = losses.affinity(p, true)
     cost.backward()
-    assert cost.item() == near(300.0) and p.grad.isfinite().all()
+    assert cost.item() == pytest.approx(-3 * math.log(1e-38)) and p.grad.isfinite().all()
+    assert losses.affinity(torch.full((3,), torch.nan), true).isnan()  # and does not stop with an error of its own
     assert losses.affinity(torch.rand(3), torch.zeros(3, dtype=torch.bool)) == 0
     assert losses.affinity(torch.ones(3), torch.ones(3, dtype=torch.bool)) == 0
 

@@ -4,13 +4,14 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from systems import small_sparse
 from systems.rig import frame
 from systems.small import CONFIG, PUBLISHED, authors_checkpoint, build
 
 from occflow_core.runtime import Stream, load, save
 from occflow_core.runtime.convert import convert
 from occflow_core.runtime.load import names, parse
-from occflow_core.systems import SYSTEMS, opus
+from occflow_core.systems import SYSTEMS, opus, sparseocc
 from occflow_core.systems.base import translate
 
 
@@ -142,6 +143,18 @@ def test_the_authors_checkpoint_becomes_a_file_of_ours(tmp_path):
     assert all(torch.equal(tensor, theirs[places[name]]) for name, tensor in filled.items())
     torch.save(theirs, tmp_path / "bare.pth")  # without the wrapping, too
     convert("opus-tiny", tmp_path / "bare.pth", tmp_path / "bare.safetensors")
+
+
+def test_of_sparseocc_the_names_in_a_file_tell_how_often_its_masks_are_passed(tmp_path, monkeypatch):
+    """With the wrong number a network would load and say something else."""
+    for name, config in small_sparse.PARITY.items():
+        monkeypatch.setitem(sparseocc.PRESETS, "8f" if name == "v1.1" else f"{name}-8f", config)
+    for name, iterations in (("v1.0", 4), ("v1.1", 2)):
+        torch.save({"state_dict": small_sparse.authors_checkpoint(small_sparse.PARITY[name])}, tmp_path / "theirs.pth")
+        for model in ("sparseocc-8f", "sparseocc-v1.0-8f"):
+            convert(model, tmp_path / "theirs.pth", tmp_path / "ours.safetensors")
+            config = load(model, tmp_path / "ours.safetensors").system.config
+            assert (config.generation, config.iterations) == (name, iterations)
 
 
 def test_what_cannot_be_converted_is_refused_and_leaves_no_file(tmp_path):

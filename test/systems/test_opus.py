@@ -97,28 +97,29 @@ def test_a_clip_of_three_times_is_completed_from_memory():
     assert apart(streamed[8], output) < CLOSE
 
 
-def remembered(stamps, system=None):
+def remembered(stamps, count):
     """The ages of the window's entries at every step of a lane whose clips come at these times (s)."""
     frames = [frame(at=at, n=1, height=8, width=8) for at in stamps]
     rows, memory = torch.zeros(1, 1, 1, 1, 4), None
     for i in range(len(frames)):
-        windows, memory = instants.remember(clip_of(frames, i), rows, memory, frames=8)
+        windows, memory = instants.remember(clip_of(frames, i), rows, memory, count)
         yield [e.age for e in windows[0]], [e.age for e in memory.lanes[0]]
 
 
 @pytest.mark.parametrize("hertz", [10, 12])
 @pytest.mark.parametrize("jitter", [0.0, 0.006])
-def test_at_a_live_rate_the_window_keeps_half_seconds_and_the_memory_fifteen_frames(hertz, jitter):
+@pytest.mark.parametrize("count, most", [(2, 3), (8, 15), (16, 31)])
+def test_at_a_live_rate_the_window_keeps_half_seconds_and_the_memory_no_more_than_it_needs(hertz, jitter, count, most):
     generator = torch.Generator().manual_seed(0)
-    shakes = jitter * (2 * torch.rand(6 * hertz, generator=generator) - 1)
-    steps = list(remembered([i / hertz + float(shake) for i, shake in enumerate(shakes)]))
+    shakes = jitter * (2 * torch.rand(10 * hertz, generator=generator) - 1)
+    steps = list(remembered([i / hertz + float(shake) for i, shake in enumerate(shakes)], count))
     for _, kept in steps:
-        assert len(kept) <= instants.KEEP
+        assert len(kept) <= most
         assert all(older - newer >= 0.25 - 0.016 for newer, older in zip(kept, kept[1:]))
-    for window, _ in steps[4 * hertz :]:
-        assert window[0] == 0
+    for window, _ in steps[count * hertz // 2 :]:
+        assert len(window) == count and window[0] == 0
         assert all(abs(age - 0.5 * k) <= 0.17 for k, age in enumerate(window)), window
-    assert len(steps[-1][1]) == instants.KEEP
+    assert len(steps[-1][1]) == most
 
 
 def test_the_memory_is_a_value_that_no_step_changes_and_no_picture_is_copied_into():

@@ -173,6 +173,11 @@ def test_ours_take_their_middles_and_no_other_and_anywhere_is_everywhere():
     assert {tuple(i) for i in index[0].tolist()} == {VOXELS[3]}
 
 
+def test_in_half_precision_places_are_as_exact():
+    masks, kept = masks_of(VOXELS, published=False, samples=4)
+    assert torch.equal(masks._places(COVERS.bfloat16(), kept, 0), masks._places(COVERS, kept, 0))
+
+
 def test_the_tables_are_spread_evenly_and_never_reach_one():
     draws, anywhere = sparseocc.tables(4, 100, 16)
     assert draws.shape == (4, 100, 16) and anywhere.shape == (4, 100, 16, 3)
@@ -222,16 +227,27 @@ def street(labels: dict, flow: dict | None = None, unseen=()) -> Occupancy:
     return Occupancy(TWO, OPENOCC, full, speed, seen)
 
 
+def fine(kept, truth, config=BASE):
+    return [sparseocc.Fine.of_lane(kept, truth, lane, config.as_published) for lane in range(len(truth.labels))]
+
+
+def costs(kept, truth, config):
+    return sparseocc.voxel_losses(kept, fine(kept, truth, config), config)
+
+
 def test_flow_costs_the_mean_square_over_what_moves_and_is_known():
     """A cell that tells (1, 0) and holds cars of (1, 2) and (4, 0), one of unknown speed, and a road that has one."""
     kept = two_cells(flow=torch.tensor([[[1.0, 0.0], [9.0, 9.0]]]))
     cars = {(0, 0, 0): CAR, (0, 1, 0): CAR, (0, 1, 1): CAR, (1, 0, 0): ROAD}
     speeds = {(0, 0, 0): (1.0, 2.0), (0, 1, 0): (4.0, 0.0), (1, 0, 0): (50.0, 50.0)}
-    assert sparseocc.flow_loss(kept, street(cars, speeds)).item() == pytest.approx((4 + 9) / 4)
-    assert sparseocc.flow_loss(kept, street({(1, 0, 0): ROAD}, speeds)) == 0
-    assert sparseocc.flow_loss(kept, replace(street(cars), flow=None)) == 0
-    out = replace(kept, inside=torch.tensor([[False, True]]))
-    assert sparseocc.flow_loss(out, street(cars, speeds)) == 0
+
+    def cost(kept, truth):
+        return sparseocc.flow_loss(kept.flow, fine(kept, truth), OPENOCC).item()
+
+    assert cost(kept, street(cars, speeds)) == pytest.approx((4 + 9) / 4)
+    assert cost(kept, street({(1, 0, 0): ROAD}, speeds)) == 0
+    assert cost(kept, replace(street(cars), flow=None)) == 0
+    assert cost(replace(kept, inside=torch.tensor([[False, True]])), street(cars, speeds)) == 0
 
 
 def test_a_cell_costs_what_the_finest_labels_in_it_make_it_cost():
@@ -240,7 +256,7 @@ def test_a_cell_costs_what_the_finest_labels_in_it_make_it_cost():
     names[0, 0, ROAD] = 2.0
     kept = two_cells(filled=torch.tensor([[1.0, -1.0]]), names=names)
     wide = {(x, y, 0): ROAD for x in range(2) for y in range(2)} | {(2, 0, 0): ROAD}
-    terms = sparseocc.voxel_losses(kept, street(wide), BASE)
+    terms = costs(kept, street(wide), BASE)
     on, off = math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))
     # first cell: 4 filled, 4 free; second: 1 filled, 7 free
     expected = (16 / 5 * (4 * on + off) + 16 / 11 * (4 * off + 7 * on)) / 16
@@ -252,21 +268,35 @@ def test_a_cell_costs_what_the_finest_labels_in_it_make_it_cost():
 def test_what_no_camera_sees_hardly_counts():
     kept = two_cells(filled=torch.tensor([[1.0, 3.0]]), names=torch.zeros(1, 2, 16))
     hidden = [(2 + x, y, z) for x in range(2) for y in range(2) for z in range(2)]
-    terms = sparseocc.voxel_losses(kept, street({(0, 0, 0): ROAD}, unseen=hidden), BASE)
+    terms = costs(kept, street({(0, 0, 0): ROAD}, unseen=hidden), BASE)
     price = [losses.balanced(torch.tensor([x]), torch.tensor([False]), torch.tensor([0])).item() for x in (1.0, 3.0)]
     weight, road = 16 / 15, 16 * losses.balanced(torch.tensor([1.0]), torch.tensor([True]), torch.tensor([0])).item()
     expected = (road + weight * (7 * price[0] + HIDDEN * 8 * price[1])) / (8 + HIDDEN * 8)
     assert terms["filled"].item() == pytest.approx(expected, rel=1e-5)
-    published = sparseocc.voxel_losses(kept, street({(0, 0, 0): ROAD}, unseen=hidden), replace(BASE, as_published=True))
+    published = costs(kept, street({(0, 0, 0): ROAD}, unseen=hidden), replace(BASE, as_published=True))
     assert published["filled"].item() == pytest.approx((road + weight * (7 * price[0] + 8 * price[1])) / 16, rel=1e-5)
+
+
+def test_what_no_camera_sees_is_named_a_little_and_counts_in_no_whole_set():
+    generator = torch.Generator().manual_seed(0)
+    kept = two_cells(names=torch.randn(1, 2, 17, generator=generator))
+    hidden = [(2 + x, y, z) for x in range(2) for y in range(2) for z in range(2)]
+    one, other = (street({(0, 0, 0): ROAD, (3, 0, 0): label}, unseen=hidden) for label in (CAR, WALL))
+    terms, others = (costs(kept, truth, NEWER) for truth in (one, other))
+    assert {name for name in terms if terms[name] != others[name]} == {"names"}
+    blind = costs(kept, street({(0, 0, 0): ROAD}, unseen=[(slice(None),) * 3]), NEWER)
+    assert {name for name, term in blind.items() if term} == {"names"}
+    published = replace(NEWER, as_published=True)
+    terms, others = (costs(kept, truth, published) for truth in (one, other))
+    assert {name for name in terms if terms[name] != others[name]} == {"names", "lovász", "names' affinity"}
 
 
 @BOTH
 def test_who_says_the_truth_pays_next_to_nothing(config):
     labels = {(0, 0, 0): ROAD, (0, 1, 0): ROAD, (2, 0, 1): CAR}
-    fine = street(labels)
+    true = street(labels)
     where = torch.cartesian_prod(*(torch.arange(n) for n in TWO.shape))[None]
-    label = fine.labels[0].flatten().long()
+    label = true.labels[0].flatten().long()
     wide = 17 if config.generation == "v1.1" else 16
     names = 40.0 * torch.nn.functional.one_hot(label, 17)[None, :, :wide].float()
     filled = None if wide == 17 else torch.where(label < 16, 40.0, -40.0)[None]
@@ -276,10 +306,10 @@ def test_who_says_the_truth_pays_next_to_nothing(config):
     named[0, 0, ROAD] = named[0, 1, CAR] = 40.0
     output = sparseocc.Output((kept,), (queries,), (named,))
     net = build(replace(config, grid=TWO, flow=0))
-    assert sum(net.loss(output, fine).values()) < 1e-4
+    assert sum(net.loss(output, true).values()) < 1e-4
     (said,) = net.decode(output)
-    assert torch.equal(said.labels, fine.labels[0])
-    assert torch.equal(said.score > 0.9, fine.labels[0] < 16)
+    assert torch.equal(said.labels, true.labels[0])
+    assert torch.equal(said.score > 0.9, true.labels[0] < 16)
     wrong = net.loss(output, street({**labels, (2, 0, 1): WALL}))
     assert all(wrong[f"{name} 0"] > 0.1 for name in ("names", "classes"))
 
@@ -312,14 +342,14 @@ def test_masks_add_up_and_a_faint_sum_or_an_unsure_query_is_free():
     where = torch.tensor([(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0)])
     inside = torch.tensor([True, True, True, False])
     names = torch.full((3, 16), -9.0)
-    names[0, ROAD], names[1, WALL], names[2, WALL] = 1.0, 0.5, -1.0  # the third scores 0.27: nothing
+    names[0, CAR], names[1, WALL], names[2, WALL] = 1.0, 0.5, -1.0  # the third scores 0.27: nothing
     masks = torch.tensor([[2.0, -1, -9, 9], [1.0, 1, -9, 9], [9.0, 9, 9, 9]])
     flow = torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8]])
     said = sparseocc.decoded(where, inside, masks, names, flow, config)
-    assert said.labels[:, 0, 0].tolist() == [ROAD, WALL, OPENOCC.free, OPENOCC.free]
+    assert said.labels[:, 0, 0].tolist() == [CAR, WALL, OPENOCC.free, OPENOCC.free]
     expected = torch.tensor([1.0, 2.0]).sigmoid().prod()
     assert said.score[0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-3)
-    assert said.flow[:, 0, 0].tolist() == [[1, 2], [3, 4], [0, 0], [0, 0]] and said.score[2:].sum() == 0
+    assert said.flow[:, 0, 0].tolist() == [[1, 2], [0, 0], [0, 0], [0, 0]] and said.score[2:].sum() == 0
     assert (said.labels != OPENOCC.free).sum() == 2
 
 
