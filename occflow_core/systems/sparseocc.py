@@ -161,7 +161,8 @@ PRESETS["v1.0-8f-pano"] = replace(PRESETS["v1.0-8f"], panoptic=True)
 PRESETS["nano"] = Config(
     128,
     352,
-    kept_in_training=(2000, 8000, 32000),
+    kept=(3000, 12000, 48000),  # the ground alone is 2,500, 10,000 and 40,000
+    kept_in_training=(3000, 12000, 48000),
     queries=60,
     backbone="resnet18-half",
     channels=96,
