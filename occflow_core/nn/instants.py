@@ -146,3 +146,21 @@ class View:
                 weights.to(self.pixels_from_now),
                 as_published,
             )
+
+
+def see(system: nn.Module, clip: Clip, memory: Memory | None) -> tuple[View, Tensor, Memory]:
+    """What a system looks into at a clip, the clip's own pyramids (B, T, N, R, C), and what to remember.
+
+    system: has `config` (height, width, frames), `backbone`, `neck`, and `mean` and `std` of colours. A clip that
+    brings all times is the window; a shorter one is completed from memory. ValueError for pictures of another size, or
+    too many times.
+    """
+    config = system.config
+    expected = (3, config.height, config.width)
+    if clip.images.shape[3:] != expected or clip.images.shape[1] > config.frames:
+        raise ValueError(
+            f"the network takes at most {config.frames} times of pictures {expected}, got {tuple(clip.images.shape)}"
+        )
+    rows, sizes = encode(clip.images, clip.used, (system.mean, system.std), system.backbone, system.neck)
+    windows, memory = remember(clip, rows, memory, config.frames)
+    return View.of(windows, sizes), rows, memory

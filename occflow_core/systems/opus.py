@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..geometry import OCC3D_GRID, Grid
 from ..nn import BACKBONES, FPN
 from ..nn.decoder import Layer, Output, losses, predictions, refined, targets
-from ..nn.instants import Memory, View, encode, remember
+from ..nn.instants import Memory, see
 from ..nn.points import points_loss
 from ..nn.queries import STEP
 from ..nn.sight import FARTHEST, Look, Pixels, filled, sight_losses
@@ -189,18 +189,11 @@ class Opus(nn.Module):
     def forward(self, clip: Clip, memory: Memory | None) -> tuple[Output, Memory]:
         """A clip that brings `config.frames` times is the window; a shorter one is completed from memory."""
         config = self.config
-        expected = (3, config.height, config.width)
-        if clip.images.shape[3:] != expected or clip.images.shape[1] > config.frames:
-            raise ValueError(
-                f"opus: expected at most {config.frames} times of pictures {expected}, got {tuple(clip.images.shape)}"
-            )
-        rows, sizes = encode(clip.images, clip.used, (self.mean, self.std), self.backbone, self.neck)
-        windows, memory = remember(clip, rows, memory, config.frames)
-        view = View.of(windows, sizes)
-        begin = self.queries.weight.expand(len(windows), -1, -1)
+        view, rows, memory = see(self, clip, memory)
+        begin = self.queries.weight.expand(len(rows), -1, -1)
         output = refined(self.layers, begin, view, config)
         if self.look is not None:
-            sight = self.pixels(rows[:, 0], sizes[0], clip.cameras[:, 0], clip.used[:, 0])
+            sight = self.pixels(rows[:, 0], view.sizes[0], clip.cameras[:, 0], clip.used[:, 0])
             output = self.look(output, view, sight)
         return output, memory
 

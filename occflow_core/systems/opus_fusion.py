@@ -39,7 +39,7 @@ from .. import ops
 from ..geometry import OCC3D_GRID, Grid
 from ..nn import BACKBONES, FPN, Second, SecondFPN, SparseEncoder
 from ..nn.decoder import Layer, Output, losses, predictions, refined, targets
-from ..nn.instants import Memory, View, encode, remember
+from ..nn.instants import Memory, View, see
 from ..nn.lidar import LAYERS, STRIDE
 from ..nn.starts import SHARES
 from ..nn.voxels import CAP
@@ -181,17 +181,10 @@ class OpusFusion(nn.Module):
         ValueError where a lane brings no points, or its newest scan none inside the grid: nothing could begin there.
         """
         config = self.config
-        expected = (3, config.height, config.width)
-        if clip.images.shape[3:] != expected or clip.images.shape[1] > config.frames:
-            raise ValueError(
-                f"opus-fusion: expected at most {config.frames} times of pictures {expected}, got "
-                f"{tuple(clip.images.shape)}"
-            )
+        view, _, memory = see(self, clip, memory)
         scans = [self._scans(points) for points in _given(clip)]
         begin = torch.stack([_begin(points, config.queries) for points in scans])  # (B, Q, 3) m
-        rows, sizes = encode(clip.images, clip.used, (self.mean, self.std), self.backbone, self.neck)
-        windows, memory = remember(clip, rows, memory, config.frames)
-        view = _View(View.of(windows, sizes), self.lidar(scans), config.grid)
+        view = _View(view, self.lidar(scans), config.grid)
         return refined(self.layers, config.grid.unit(begin), view, config), memory
 
     def _scans(self, points: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..geometry import OCC3D_GRID, OPENOCCUPANCY_GRID, Grid
 from ..nn import BACKBONES, FPN
-from ..nn.instants import Memory, View, encode, remember
+from ..nn.instants import Memory, View, see
 from ..nn.losses import focal, mean_over_processes
 from ..nn.points import FLOW_WEIGHT, HIDDEN, NAME_WEIGHTS, NAMES_WEIGHT, RARE, Target, points_loss
 from ..nn.queries import STEP, Attention, Mixing, branch
@@ -207,16 +207,8 @@ class OpusV2(nn.Module):
 
     def forward(self, clip: Clip, memory: Memory | None) -> tuple[Output, Memory]:
         """A clip that brings `config.frames` times is the window; a shorter one is completed from memory."""
-        config = self.config
-        expected = (3, config.height, config.width)
-        if clip.images.shape[3:] != expected or clip.images.shape[1] > config.frames:
-            raise ValueError(
-                f"opus-v2: expected at most {config.frames} times of pictures {expected}, got "
-                f"{tuple(clip.images.shape)}"
-            )
-        rows, sizes = encode(clip.images, clip.used, (self.mean, self.std), self.backbone, self.neck)
-        windows, memory = remember(clip, rows, memory, config.frames)
-        return self.look(View.of(windows, sizes)), memory
+        view, _, memory = see(self, clip, memory)
+        return self.look(view), memory
 
     def look(self, view: View) -> Output:
         """The decoder alone, whatever the pictures were encoded by."""

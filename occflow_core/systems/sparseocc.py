@@ -49,7 +49,7 @@ from torch.nn import functional as F
 
 from ..geometry import OCC3D_GRID, Grid
 from ..nn import BACKBONES, FPN, losses
-from ..nn.instants import Memory, View, encode, remember
+from ..nn.instants import Memory, View, see
 from ..nn.losses import mean_over_processes
 from ..nn.points import HIDDEN
 from ..nn.queries import Attention, Mixing
@@ -265,16 +265,8 @@ class SparseOcc(nn.Module):
 
     def forward(self, clip: Clip, memory: Memory | None) -> tuple[Output, Memory]:
         """A clip that brings `config.frames` times is the window; a shorter one is completed from memory."""
-        config = self.config
-        expected = (3, config.height, config.width)
-        if clip.images.shape[3:] != expected or clip.images.shape[1] > config.frames:
-            raise ValueError(
-                f"sparseocc: expected at most {config.frames} times of pictures {expected}, got "
-                f"{tuple(clip.images.shape)}"
-            )
-        rows, sizes = encode(clip.images, clip.used, (self.mean, self.std), self.backbone, self.neck)
-        windows, memory = remember(clip, rows, memory, config.frames)
-        return self.look(View.of(windows, sizes)), memory
+        view, _, memory = see(self, clip, memory)
+        return self.look(view), memory
 
     def look(self, view: View) -> Output:
         """Voxels and masks alone, whatever the pictures were encoded by."""
