@@ -29,6 +29,8 @@ Where we depart, always:
 - Losses of v1.0's names are cross-entropies over what is filled; where nothing is, nought.
 Where `Config.as_published` is off (our own recipes), also:
 - the sampling rules of `ops.sample`;
+- v1.0: being filled or free is asked of all children, not of those alone that were kept: of the eight children of a
+  voxel one that is seldom kept would seldom learn that it should have been;
 - kept voxels stay in the order of the grid, not of their scores: nothing then hangs on which of two equals is first;
 - masks are looked at in the middle of voxels, not at their corners, and where none has any voxel, all over the grid;
 - what no camera sees counts HIDDEN in the losses of voxels and not at all in those of whole sets (Lovász, affinities);
@@ -161,8 +163,7 @@ PRESETS["v1.0-8f-pano"] = replace(PRESETS["v1.0-8f"], panoptic=True)
 PRESETS["nano"] = Config(
     128,
     352,
-    kept=(3000, 12000, 48000),  # the ground alone is 2,500, 10,000 and 40,000
-    kept_in_training=(3000, 12000, 48000),
+    kept_in_training=(2000, 8000, 32000),
     queries=60,
     backbone="resnet18-half",
     channels=96,
@@ -228,6 +229,8 @@ class Kept:
     filled: Tensor | None  # (B, K) logits; v1.0
     names: Tensor  # (B, K, classes) logits of what is filled; v1.1: the last one is free
     flow: Tensor | None  # (B, K, 2) m/s over ground, car frame now
+    # v1.0, ours: all children that there were to keep, where (B, N, 3), inside (B, N), filled (B, N)
+    asked: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -301,8 +304,14 @@ class SparseOcc(nn.Module):
             raise ValueError("sparseocc: a panoptic network learns instances, the truth has none")
         terms = {}
         for i, kept in enumerate(output.kept):
-            fine = [Fine.of_lane(kept, truth, lane, config.as_published) for lane in range(len(truth.labels))]
-            terms |= {f"{name} {i}": term for name, term in voxel_losses(kept, fine, config).items()}
+            fine = Fine.of(kept.where, kept.inside, kept.edge, truth, config.as_published)
+            if kept.filled is not None:
+                filled, asked = kept.filled, fine
+                if kept.asked is not None:
+                    where, inside, filled = kept.asked
+                    asked = Fine.of(where, inside, kept.edge, truth, config.as_published)
+                terms[f"filled {i}"] = config.filled_weight * filled_loss(filled, asked, config.table)
+            terms |= {f"{name} {i}": term for name, term in names_losses(kept, fine, config).items()}
             if kept.flow is not None:
                 terms[f"flow {i}"] = config.flow_weight * flow_loss(kept.flow, fine, config.table)
         segments = [segments_of(output.kept[-1], truth, lane, config.panoptic) for lane in range(len(truth.labels))]
@@ -429,13 +438,20 @@ class Scale(nn.Module):
             best = score.topk(min(number, score.shape[1]), dim=1).indices
             if not self.config.as_published:
                 best = best.sort(dim=1).values
+            asked = None
+            if self.filled is not None and not self.config.as_published:
+                asked = corner // (edge // 2), inside, filled
             feature, corner = _taken(feature, best), _taken(corner, best)
             if self.filled is not None:
                 filled, names = filled.gather(1, best), self.name(feature)
             else:
                 filled, names = None, _taken(names, best)
             flow = None if self.flow is None else self.flow(feature)
-        return Kept(edge // 2, corner // (edge // 2), inside.gather(1, best), filled, names, flow), corner, feature
+        return (
+            Kept(edge // 2, corner // (edge // 2), inside.gather(1, best), filled, names, flow, asked),
+            corner,
+            feature,
+        )
 
 
 class Sampling(nn.Module):
@@ -588,63 +604,70 @@ def tables(iterations: int, queries: int, samples: int) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Fine:
-    """The grid's own voxels inside what one scale kept of one lane, V of them."""
+    """The grid's own voxels inside voxels of some scale, of one lane, V of them."""
 
-    of: Tensor  # (V,) int64: which kept voxel
+    of: Tensor  # (V,) int64: inside which
     label: Tensor  # (V,) int64
     flow: Tensor | None  # (V, 2)
     weight: Tensor  # (V,) what it counts
 
     @staticmethod
-    def of_lane(kept: Kept, truth: Occupancy, lane: int, published: bool) -> "Fine":
-        n = kept.edge
-        steps = torch.arange(n, device=kept.where.device)
-        steps = torch.cartesian_prod(steps, steps, steps)
-        places = kept.where[lane][:, None] * n + steps  # (K, n^3, 3)
-        there = (places < places.new_tensor(truth.grid.shape)).all(-1) & kept.inside[lane][:, None]
-        where = places[there].unbind(-1)
-        label = truth.labels[lane][where].long()
-        seen = truth.seen[lane][where]
-        return Fine(
-            of=there.nonzero()[:, 0],
-            label=label,
-            flow=None if truth.flow is None else truth.flow[lane][where],
-            weight=torch.ones_like(seen, dtype=torch.float32) if published else torch.where(seen, 1.0, HIDDEN),
-        )
+    def of(where: Tensor, inside: Tensor, edge: int, truth: Occupancy, published: bool) -> "list[Fine]":
+        """One a lane. where (B, K, 3), in voxels of that edge; inside (B, K): which of them count."""
+        steps = torch.cartesian_prod(*[torch.arange(edge, device=where.device)] * 3)
+        many = []
+        for lane, (mine, counts) in enumerate(zip(where, inside, strict=True)):
+            places = mine[:, None] * edge + steps.view(-1, 3)  # (K, edge^3, 3)
+            there = (places < places.new_tensor(truth.grid.shape)).all(-1) & counts[:, None]
+            at = places[there].unbind(-1)
+            seen = truth.seen[lane][at]
+            weight = torch.ones_like(seen, dtype=torch.float32) if published else torch.where(seen, 1.0, HIDDEN)
+            flow = None if truth.flow is None else truth.flow[lane][at]
+            many.append(Fine(there.nonzero()[:, 0], truth.labels[lane][at].long(), flow, weight))
+        return many
 
 
-def voxel_losses(kept: Kept, fine: Sequence[Fine], config: Config) -> dict[str, Tensor]:
-    """What voxels of one scale are, against the finest labels in each of them, a `Fine` a lane; means over the lanes.
+def filled_loss(filled: Tensor, fine: Sequence[Fine], classes: Classes) -> Tensor:
+    """Logits (B, K) against the finest labels in each voxel, every class that is there weighing the same; the mean over
+    the lanes. Labels beyond the table are nobody's."""
+    total = filled.sum() * 0.0
+    for told, voxels in zip(filled, fine, strict=True):
+        known = voxels.label <= classes.free
+        label = voxels.label[known]
+        costs = losses.balanced(told[voxels.of[known]], label != classes.free, label)
+        total = total + _mean(costs, voxels.weight[known].to(costs))
+    return total / len(filled)
 
-    "filled" and "names"; v1.1 also "lovász" and "names' affinity". Labels beyond the table are nobody's.
+
+def names_losses(kept: Kept, fine: Sequence[Fine], config: Config) -> dict[str, Tensor]:
+    """What the voxels of one scale are called, against the finest labels in each of them; means over the lanes.
+
+    "names"; v1.1, where free is a name, also "filled", "lovász" and "names' affinity". Labels beyond the table are
+    nobody's.
     """
     free = config.table.free
     sums: dict[str, Tensor | float] = {}
-    for lane, (names, voxels) in enumerate(zip(kept.names, fine, strict=True)):
+    for names, voxels in zip(kept.names, fine, strict=True):
         known = voxels.label <= free
-        of, label, weight = voxels.of[known], voxels.label[known], voxels.weight[known].to(names)
         if kept.filled is not None:
-            costs = losses.balanced(kept.filled[lane][of], label != free, label)
-            filled = label != free
-            named = F.cross_entropy(names[of[filled]], label[filled], reduction="none")
-            lane_terms = {
-                "filled": config.filled_weight * _mean(costs, weight),
-                "names": config.names_weight * _mean(named, weight[filled]),
-            }
+            known &= voxels.label < free
+        of, label, weight = voxels.of[known], voxels.label[known], voxels.weight[known].to(names)
+        named = F.cross_entropy(names[of], label, reduction="none")
+        if kept.filled is not None:
+            terms = {"names": config.names_weight * _mean(named, weight)}
         else:
             price = names.new_tensor([CLASS_WEIGHTS[name] for name in (*config.table.names, "free")])
-            named = F.cross_entropy(names[of], label, reduction="none")
             probabilities, seen = names.softmax(-1), voxels.weight == 1
             told = probabilities[voxels.of[seen & known]], voxels.label[seen & known]
-            lane_terms = {
+            # Lovász also hears of labels that are nobody's
+            wide = probabilities[voxels.of[seen]], voxels.label[seen]
+            terms = {
                 "names": config.names_weight * _mean(named, weight * price[label]),
-                # Lovász also hears of labels that are nobody's
-                "lovász": config.names_weight
-                * losses.lovasz_softmax(probabilities[voxels.of[seen]], voxels.label[seen]),
+                "lovász": config.names_weight * losses.lovasz_softmax(*wide),
                 "filled": config.filled_weight * losses.geometric_affinity(*told),
                 "names' affinity": config.names_weight * losses.semantic_affinity(*told),
             }
-        for name, term in lane_terms.items():
+        for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term / len(kept.names)
     return sums
 

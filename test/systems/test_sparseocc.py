@@ -228,11 +228,14 @@ def street(labels: dict, flow: dict | None = None, unseen=()) -> Occupancy:
 
 
 def fine(kept, truth, config=BASE):
-    return [sparseocc.Fine.of_lane(kept, truth, lane, config.as_published) for lane in range(len(truth.labels))]
+    return sparseocc.Fine.of(kept.where, kept.inside, kept.edge, truth, config.as_published)
 
 
 def costs(kept, truth, config):
-    return sparseocc.voxel_losses(kept, fine(kept, truth, config), config)
+    terms = sparseocc.names_losses(kept, fine(kept, truth, config), config)
+    if kept.filled is not None:
+        terms["filled"] = sparseocc.filled_loss(kept.filled, fine(kept, truth, config), OPENOCC)
+    return terms
 
 
 def test_flow_costs_the_mean_square_over_what_moves_and_is_known():
@@ -263,6 +266,21 @@ def test_a_cell_costs_what_the_finest_labels_in_it_make_it_cost():
     assert terms["filled"].item() == pytest.approx(expected)
     sure = -torch.log_softmax(names[0], -1)[:, ROAD]
     assert terms["names"].item() == pytest.approx(float(4 * sure[0] + sure[1]) / 5)
+
+
+def test_what_is_not_kept_learns_that_it_should_have_been():
+    """Ours; as published only what is kept is asked."""
+    for published in (False, True):
+        net = build(replace(BASE, as_published=published))
+        output, _ = net(clip(), None)
+        last = output.kept[2]
+        assert (last.asked is None) == published
+        if not published:
+            where, inside, filled = last.asked
+            assert filled.shape == (1, 8 * BASE.kept[1]) and inside.sum() > BASE.kept[2]
+            full = replace(truth(), labels=torch.full_like(truth().labels, ROAD))
+            (gradient,) = torch.autograd.grad(net.loss(output, full)["filled 2"], filled)
+            assert (gradient[inside] < 0).all() and not gradient[~inside].any()
 
 
 def test_what_no_camera_sees_hardly_counts():
