@@ -606,7 +606,7 @@ def tables(iterations: int, queries: int, samples: int) -> tuple[Tensor, Tensor]
 class Fine:
     """The grid's own voxels inside voxels of some scale, of one lane, V of them."""
 
-    of: Tensor  # (V,) int64: inside which
+    owner: Tensor  # (V,) int64: inside which
     label: Tensor  # (V,) int64
     flow: Tensor | None  # (V, 2)
     weight: Tensor  # (V,) what it counts
@@ -634,7 +634,7 @@ def filled_loss(filled: Tensor, fine: Sequence[Fine], classes: Classes) -> Tenso
     for told, voxels in zip(filled, fine, strict=True):
         known = voxels.label <= classes.free
         label = voxels.label[known]
-        costs = losses.balanced(told[voxels.of[known]], label != classes.free, label)
+        costs = losses.balanced(told[voxels.owner[known]], label != classes.free, label)
         total = total + _mean(costs, voxels.weight[known].to(costs))
     return total / len(filled)
 
@@ -651,16 +651,16 @@ def names_losses(kept: Kept, fine: Sequence[Fine], config: Config) -> dict[str, 
         known = voxels.label <= free
         if kept.filled is not None:
             known &= voxels.label < free
-        of, label, weight = voxels.of[known], voxels.label[known], voxels.weight[known].to(names)
+        of, label, weight = voxels.owner[known], voxels.label[known], voxels.weight[known].to(names)
         named = F.cross_entropy(names[of], label, reduction="none")
         if kept.filled is not None:
             terms = {"names": config.names_weight * _mean(named, weight)}
         else:
             price = names.new_tensor([CLASS_WEIGHTS[name] for name in (*config.table.names, "free")])
             probabilities, seen = names.softmax(-1), voxels.weight == 1
-            told = probabilities[voxels.of[seen & known]], voxels.label[seen & known]
+            told = probabilities[voxels.owner[seen & known]], voxels.label[seen & known]
             # Lovász also hears of labels that are nobody's
-            wide = probabilities[voxels.of[seen]], voxels.label[seen]
+            wide = probabilities[voxels.owner[seen]], voxels.label[seen]
             terms = {
                 "names": config.names_weight * _mean(named, weight * price[label]),
                 "lovász": config.names_weight * losses.lovasz_softmax(*wide),
@@ -684,7 +684,7 @@ def flow_loss(flow: Tensor, fine: Sequence[Fine], classes: Classes) -> Tensor:
     for told, voxels in zip(flow, fine, strict=True):
         if voxels.flow is not None:
             known = torch.isin(voxels.label, moving) & voxels.flow.isfinite().all(-1)
-            apart = apart + ((told[voxels.of[known]] - voxels.flow[known]) ** 2).sum()
+            apart = apart + ((told[voxels.owner[known]] - voxels.flow[known]) ** 2).sum()
             count = count + 2.0 * known.sum()
     return apart / mean_over_processes(torch.as_tensor(count, device=apart.device).to(apart))
 
