@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from occflow_core.geometry import rigid
-from occflow_ros.assemble import Calibration, Cloud, Collector, ImageSet, Mailbox, Scans, Shot, frame_of
+from occflow_ros.assemble import Calibration, Cloud, Collector, ImageSet, Mailbox, Scans, Shot, Watch, frame_of
 
 MS = 1_000_000
 PERIOD = 1 / 12
@@ -173,6 +173,63 @@ def test_a_collector_that_cannot_work_is_refused():
         Collector(2, PERIOD, min_cameras=3)
     with pytest.raises(ValueError, match="offset for each"):
         Collector(2, PERIOD, [0.0])
+
+
+def night(k: int, size=3 * 320 * 180) -> np.ndarray:
+    """A dark picture of a parked car: black, but for noise of one grey level."""
+    return np.random.default_rng(k).integers(0, 2, size, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("rate", [5.0, 12.0, 30.0])
+@pytest.mark.parametrize("what", ["stamp", "picture"])
+def test_a_frozen_camera_is_found_within_a_second_said_and_back_with_its_first_new_image(rate, what):
+    watch, first, back = Watch(0.8), 20, 50
+    faults = []
+    for k in range(60):
+        stands = first if first <= k < back else k
+        stamp, shown = (stands, k) if what == "stamp" else (k, stands)
+        stamp = START + round(stamp / rate * 1e9)
+        faults.append(watch.fault(stamp, night(shown), k / rate))
+    found = next(k for k, fault in enumerate(faults) if fault is not None)
+    assert 0.8 <= (found - first) / rate <= 1.0
+    assert all(faults[found:back]) and not any(faults[:found] + faults[back:])
+    reason, sentence = faults[found]
+    assert reason == f"frozen: same {what}"
+    since = (START + round(first / rate * 1e9)) / 1e9
+    assert f"the {what} of {since:.3f} s came {found - first} more times" in sentence
+
+
+def test_a_parked_car_at_night_is_not_frozen_nor_is_a_picture_that_differs_in_its_last_byte():
+    watch = Watch(0.8)
+    assert not any(watch.fault(START + k * SWEEP, night(k), k / 12) for k in range(120))
+    black = [np.zeros(200_001, np.uint8) for _ in range(120)]
+    for k, picture in enumerate(black):
+        picture[-1] = k % 2
+    assert not any(watch.fault(START + k * SWEEP, picture, 20 + k / 12) for k, picture in enumerate(black))
+    shorter = [np.zeros(100 + k % 2, np.uint8) for k in range(120)]
+    assert not any(watch.fault(START + k * SWEEP, picture, 40 + k / 12) for k, picture in enumerate(shorter))
+
+
+def test_zero_turns_the_watch_off_and_less_is_refused():
+    watch = Watch(0.0)
+    assert not any(watch.fault(START + k * SWEEP, np.zeros(9, np.uint8), k / 12) for k in range(120))
+    with pytest.raises(ValueError, match="frozen_after >= 0 s, got -1"):
+        Watch(-1)
+
+
+def test_sets_go_on_without_a_frozen_camera():
+    collector, watches = Collector(6, PERIOD), [Watch(0.8) for _ in range(6)]
+    sets = []
+    for now, camera, stamp in steady_rig(60):
+        shown = 10 if camera == 3 and stamp >= sweep(10, 0) else stamp
+        sets += collector.poll(now)
+        if watches[camera].fault(stamp, night(shown, 900), now) is None:
+            sets += collector.add(camera, stamp, (camera, stamp), now)
+    sets += collector.poll(float("inf"))
+    assert len(sets) == 60
+    missing = [k for k, images in enumerate(sets) if not images.complete]
+    assert missing == list(range(missing[0], 60)) and 10 < missing[0] <= 22
+    assert all([c for c, p in enumerate(sets[k].pictures) if p is None] == [3] for k in missing)
 
 
 def test_in_the_mailbox_the_newest_letter_wins_and_closing_wakes_the_reader():
