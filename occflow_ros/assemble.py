@@ -86,6 +86,7 @@ class Collector:
         self._newest: list[int | None] = [None] * cameras  # stamp of the newest image of each camera
         self._lead: list[float | None] = [None] * cameras  # reference minus arrival of each camera's newest image, ns
         self._left: int | None = None  # reference of the youngest set that has left
+        self._told: int | None = None  # stamp of the last set that was given out
 
     def add(self, camera: int, stamp: int, picture: Any, now: float) -> list[ImageSet]:
         """Takes one image (stamp ns; now s, steady); gives the sets that leave because of it, oldest first."""
@@ -134,7 +135,7 @@ class Collector:
             for camera in waiting.pictures:
                 self.dropped[camera, "clock jump"] += 1
         self.lap += 1
-        self._open, self._left = [], None
+        self._open, self._left, self._told = [], None, None
         self._newest, self._lead = [None] * self.cameras, [None] * self.cameras
 
     def _runs_ahead(self, camera: int) -> bool:
@@ -148,6 +149,11 @@ class Collector:
         self.dropped[camera, reason] += 1
         return []
 
+    def _drop_set(self, s: _Open, reason: str, of_images: str) -> None:
+        self.dropped[None, reason] += 1
+        for camera in s.pictures:
+            self.dropped[camera, of_images] += 1
+
     def _leave(self, goes: Callable[[_Open], bool]) -> list[ImageSet]:
         leaving = [s for s in self._open if goes(s)]
         self._open = [s for s in self._open if not goes(s)]
@@ -155,17 +161,19 @@ class Collector:
         for s in leaving:
             self._left = s.reference if self._left is None else max(self._left, s.reference)
             if len(s.pictures) < self.min_cameras:
-                self.dropped[None, "too few cameras"] += 1
-                for camera in s.pictures:
-                    self.dropped[camera, "set had too few cameras"] += 1
+                self._drop_set(s, "too few cameras", "set had too few cameras")
                 continue
-            sets.append(
-                ImageSet(
-                    tuple(s.pictures.get(i) for i in range(self.cameras)),
-                    tuple(s.stamps.get(i) for i in range(self.cameras)),
-                    self.lap,
-                )
+            images = ImageSet(
+                tuple(s.pictures.get(i) for i in range(self.cameras)),
+                tuple(s.stamps.get(i) for i in range(self.cameras)),
+                self.lap,
             )
+            # references go forward; the newest stamp need not, where offsets are large and stamps uneven
+            if self._told is not None and images.stamp <= self._told:
+                self._drop_set(s, "not newer than the last", "set was not newer than the last")
+                continue
+            self._told = images.stamp
+            sets.append(images)
         return sets
 
 
@@ -208,7 +216,7 @@ class Watch:
         else:
             self._picture = _Repeated(data, stamp, now)
         for what, run in (("stamp", self._stamp), ("picture", self._picture)):
-            if run.times and now - run.since >= self.frozen_after:
+            if now - run.since >= self.frozen_after:
                 return f"frozen: same {what}", (
                     f"the camera is frozen: the {what} of {run.stamp / NANO:.3f} s came {run.times} more times "
                     f"within {now - run.since:.2f} s, expected a new one each time"
