@@ -22,6 +22,7 @@ from occflow_core.geometry import Cameras, rigid
 from occflow_core.types import NANO, Frame
 
 KEEP_SCANS = 2.0  # s of scans that wait for sets which come late
+AHEAD = 1.0  # s that a stamp may be ahead of the ROS clock: /clock comes in steps, and clocks differ a little
 BLOCK = 1 << 16  # bytes compared at once: two different pictures are told apart at the first block that differs
 OPEN_SETS = 3  # more would mean that images arrive three periods late: such sets have passed their deadline
 
@@ -186,13 +187,17 @@ class _Repeated:
 
 
 class Watch:
-    """Tells when one camera is frozen: it goes on sending, but the same stamp or the same picture. The caller brings
-    the steady clock.
+    """Tells when one camera is frozen: it goes on sending, but the same stamp or the same picture; and when it sends
+    stamps of the future. The caller brings the clocks.
 
     The whole picture is compared with the one before, not a checksum of it: only a camera whose every byte stands still
     is frozen, so neither sensor noise at night nor one changed byte is. A camera that is not frozen costs the first
     block that differs (6 us); one that is costs the whole picture (0.4 ms for 1600 x 900 bgr8, 0.02 ms for its JPEG).
     What cannot be seen: a sensor that stands still behind a driver which writes time or a counter into each picture.
+
+    A stamp ahead of the ROS clock is always wrong, and must not enter a set: whatever came after it would be late. One
+    far behind it is not: so is every image of a recording that is played without `use_sim_time`. If only one camera
+    is behind, its images are late for the collector, which counts them.
     """
 
     def __init__(self, frozen_after: float):  # s that the same may come again before it counts; 0: always
@@ -202,9 +207,17 @@ class Watch:
         self._stamp: _Repeated | None = None
         self._picture: _Repeated | None = None
 
-    def fault(self, stamp: int, data: np.ndarray, now: float) -> tuple[str, str] | None:
-        """What is wrong with an image (stamp ns; bytes (n,) uint8, kept until others come; now s, steady): a few fixed
-        words to count it by, and a sentence. None where nothing is."""
+    def fault(self, stamp: int, data: np.ndarray, now: float, clock: int) -> tuple[str, str] | None:
+        """What is wrong with an image: a few fixed words to count it by, and a sentence; None where nothing is.
+
+        stamp: ns; data: (n,) uint8, the picture's bytes, kept until others come; now: s, steady; clock: ns, the ROS
+        clock, 0 while it has no time yet.
+        """
+        if clock > 0 and stamp > clock + AHEAD * NANO:
+            return "stamp far from the clock", (
+                f"the stamp {stamp / NANO:.3f} s is {(stamp - clock) / NANO:.3f} s ahead of the ROS clock, "
+                f"{clock / NANO:.3f} s, expected at most {AHEAD} s; is use_sim_time as it should be?"
+            )
         if self.frozen_after == 0:
             return None
         if self._stamp is not None and stamp == self._stamp.what:

@@ -254,7 +254,8 @@ class OccupancyNode(LifecycleNode):
                     f"{known.width} x {known.height}",
                 )
             stamp = convert.nanoseconds(message.header.stamp)
-            if (fault := self._watches[camera].fault(stamp, picture.data, now)) is not None:
+            clock = self.get_clock().now().nanoseconds
+            if (fault := self._watches[camera].fault(stamp, picture.data, now, clock)) is not None:
                 raise Refused(*fault)
         except Refused as refused:
             self._refuse(name, settings.image_topic, refused)

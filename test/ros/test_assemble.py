@@ -275,7 +275,7 @@ def test_a_frozen_camera_is_found_within_a_second_said_and_back_with_its_first_n
         stands = first if first <= k < back else k
         stamp, shown = (stands, k) if what == "stamp" else (k, stands)
         stamp = START + round(stamp / rate * 1e9)
-        faults.append(watch.fault(stamp, night(shown), k / rate))
+        faults.append(watch.fault(stamp, night(shown), k / rate, clock=stamp))
     found = next(k for k, fault in enumerate(faults) if fault is not None)
     assert 0.8 <= (found - first) / rate <= 1.0
     assert all(faults[found:back]) and not any(faults[:found] + faults[back:])
@@ -287,18 +287,44 @@ def test_a_frozen_camera_is_found_within_a_second_said_and_back_with_its_first_n
 
 def test_a_parked_car_at_night_is_not_frozen_nor_is_a_picture_that_differs_in_its_last_byte():
     watch = Watch(0.8)
-    assert not any(watch.fault(START + k * SWEEP, night(k), k / 12) for k in range(120))
+    assert not any(watch.fault(START + k * SWEEP, night(k), k / 12, clock=0) for k in range(120))
     black = [np.zeros(200_001, np.uint8) for _ in range(120)]
     for k, picture in enumerate(black):
         picture[-1] = k % 2
-    assert not any(watch.fault(START + k * SWEEP, picture, 20 + k / 12) for k, picture in enumerate(black))
+    assert not any(watch.fault(START + k * SWEEP, picture, 20 + k / 12, 0) for k, picture in enumerate(black))
     shorter = [np.zeros(BLOCK + k % 2, np.uint8) for k in range(120)]
-    assert not any(watch.fault(START + k * SWEEP, picture, 40 + k / 12) for k, picture in enumerate(shorter))
+    assert not any(watch.fault(START + k * SWEEP, picture, 40 + k / 12, 0) for k, picture in enumerate(shorter))
+
+
+@pytest.mark.parametrize("frozen_after", [0.0, 0.8])
+def test_a_stamp_of_the_future_is_refused_with_both_numbers_and_a_recording_is_not(frozen_after):
+    clock = START + 3600 * 1000 * MS
+    watch = Watch(frozen_after)
+    reason, sentence = watch.fault(clock + 1001 * MS, night(0, 9), 0.0, clock)
+    assert reason == "stamp far from the clock"
+    assert "4601.001 s is 1.001 s ahead of the ROS clock, 4600.000 s, expected at most 1.0 s" in sentence
+    assert watch.fault(clock + 1000 * MS, night(1, 9), 0.1, clock) is None  # /clock comes in steps
+    assert watch.fault(START, night(2, 9), 0.2, clock) is None  # played without its clock
+    assert watch.fault(clock + 5000 * MS, night(3, 9), 0.3, 0) is None  # a simulated clock that has not begun
+
+
+@pytest.mark.parametrize("cameras", [2, 6])
+def test_a_camera_whose_clock_is_an_hour_ahead_and_which_speaks_first_costs_no_other_image(cameras):
+    collector, watches = Collector(cameras, PERIOD), [Watch(0.8) for _ in range(cameras)]
+    sets = []
+    for k, (now, camera, stamp) in enumerate(steady_rig(30, cameras)):
+        clock, stamp = stamp + 10 * MS, stamp + (3600 * 1000 * MS if camera == 0 else 0)
+        sets += collector.poll(now)
+        if watches[camera].fault(stamp, night(k, 900), now, clock) is None:
+            sets += collector.add(camera, stamp, (camera, stamp), now)
+    sets += collector.poll(float("inf"))
+    assert len(sets) == 30 and not collector.dropped
+    assert all([c for c, p in enumerate(s.pictures) if p is None] == [0] for s in sets)
 
 
 def test_zero_turns_the_watch_off_and_less_is_refused():
     watch = Watch(0.0)
-    assert not any(watch.fault(START + k * SWEEP, np.zeros(9, np.uint8), k / 12) for k in range(120))
+    assert not any(watch.fault(START + k * SWEEP, np.zeros(9, np.uint8), k / 12, 0) for k in range(120))
     with pytest.raises(ValueError, match="frozen_after >= 0 s, got -1"):
         Watch(-1)
 
@@ -309,7 +335,7 @@ def test_sets_go_on_without_a_frozen_camera():
     for now, camera, stamp in steady_rig(60):
         shown = 10 if camera == 3 and stamp >= sweep(10, 0) else stamp
         sets += collector.poll(now)
-        if watches[camera].fault(stamp, night(shown, 900), now) is None:
+        if watches[camera].fault(stamp, night(shown, 900), now, clock=stamp) is None:
             sets += collector.add(camera, stamp, (camera, stamp), now)
     sets += collector.poll(float("inf"))
     assert len(sets) == 60
