@@ -40,6 +40,7 @@ class Health:
         self._used: dict[str, float] = {}
         self._drops: dict[str, Counter[str]] = {name: Counter() for name in (*self.sensors, "sets")}
         self._latest_drop: dict[str, str] = {}
+        self._refused: set[str] = set()  # whose latest message was refused
         self._latencies: dict[str, deque[float]] = {}
         self._counts: Counter[str] = Counter()
         self._said: dict[str, float] = {}
@@ -49,6 +50,7 @@ class Health:
         """An image of a camera, or a scan of the LiDAR, came and can be used as far as anybody knows."""
         with self._lock:
             self._arrivals[camera].append(now)
+            self._refused.discard(camera)
 
     def used(self, camera: str, now: float) -> None:
         """An image of this camera, or the LiDAR's scan, went into an output: arriving is not enough."""
@@ -61,6 +63,12 @@ class Health:
             self._drops[what][reason] += 1
             if sentence:
                 self._latest_drop[what] = sentence
+
+    def refused(self, sensor: str, reason: str, sentence: str) -> None:
+        """Counts a message that was refused as it came: the sensor is not well until one is not."""
+        self.dropped(sensor, reason, sentence)
+        with self._lock:
+            self._refused.add(sensor)
 
     def collected(self, drops: Counter) -> None:
         """Takes over the collector's own counts, which are totals: (camera index or None, reason) -> count."""
@@ -142,6 +150,8 @@ class Health:
             return Status(name, ERROR, f"no {thing} for {now - arrivals[-1]:.1f} s{self._why(name)}", values)
         if used is None or now - used > self.quiet:
             return Status(name, ERROR, f"{thing}s come, none of them can be used{self._why(name)}", values)
+        if name in self._refused:  # before `quiet` has passed: whoever reads this need not wait to know it
+            return Status(name, WARN, f"the latest {thing} was refused{self._why(name)}", values)
         return Status(name, OK, "running", values)
 
     def _why(self, what: str) -> str:

@@ -29,7 +29,7 @@ from visualization_msgs.msg import MarkerArray
 from occflow_core.runtime import Stream, load
 
 from . import convert, parameters
-from .assemble import Calibration, Collector, ImageSet, Mailbox, Scans, Shot
+from .assemble import Calibration, Collector, ImageSet, Mailbox, Scans, Shot, Watch
 from .convert import Refused
 from .frames import TransformBuffer
 from .health import LIDAR, Health
@@ -142,6 +142,7 @@ class OccupancyNode(LifecycleNode):
             s.min_cameras,
             s.clock_jump,
         )
+        self._watches = [Watch(s.frozen_after) for _ in s.cameras]
         self._mailbox = Mailbox()
         sweeps = self._model.system.config.sweeps
         self._scans = Scans(s.lidar_topic, sweeps, 1.0 / s.lidar_rate, s.lidar_gap, s.clock_jump) if sweeps else None
@@ -252,13 +253,16 @@ class OccupancyNode(LifecycleNode):
                     f"{picture.width} x {picture.height} pixels, but {settings.info_topic} says "
                     f"{known.width} x {known.height}",
                 )
+            stamp = convert.nanoseconds(message.header.stamp)
+            clock = self.get_clock().now().nanoseconds
+            if (fault := self._watches[camera].fault(stamp, picture.data, now, clock)) is not None:
+                raise Refused(*fault)
         except Refused as refused:
             self._refuse(name, settings.image_topic, refused)
             return
         self.health.image(name, now)
         lap = self._collector.lap
-        stamp, shot = convert.nanoseconds(message.header.stamp), Shot(picture, known)
-        self._post(self._collector.add(camera, stamp, shot, now), now)
+        self._post(self._collector.add(camera, stamp, Shot(picture, known), now), now)
         if self._collector.waiting and self._deadlines.is_canceled():
             self._deadlines.reset()
         if self._collector.lap != lap:
@@ -316,7 +320,7 @@ class OccupancyNode(LifecycleNode):
 
     def _refuse(self, camera: str, topic: str, refused: Refused) -> None:
         sentence = f"{topic}: refused: {refused}"
-        self.health.dropped(camera, refused.reason, sentence)
+        self.health.refused(camera, refused.reason, sentence)
         self._say(f"{camera} {refused.reason}", sentence)
 
     def _say(self, key: str, sentence: str) -> None:

@@ -42,6 +42,9 @@ class Settings:
     set_deadline: float = _parameter(0.12, "s after its first image, a set leaves incomplete", 0.005, 10)
     set_tolerance: float = _parameter(0.4, "of the camera period: how far apart images of one set may be", 0.05, 0.49)
     min_cameras: int = _parameter(1, "sets with fewer usable images are dropped and counted", 1, 8)
+    frozen_after: float = _parameter(
+        0.8, "s of the same stamp, or the same picture byte for byte, after which a camera is masked; 0: never", 0, 60
+    )
     clock_jump: float = _parameter(1.0, "s; stamps that go back by more begin a new lap: memory is forgotten", 0.1, 60)
     longest_gap: float = _parameter(2.0, "s between two sets after which memory is forgotten", 0.1, 60)
     tf_wait: float = _parameter(0.1, "s that a set may wait for its transforms", 0, 5)

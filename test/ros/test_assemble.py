@@ -1,5 +1,6 @@
 """The collector's laws: no set mixes two sweeps, every image is used or counted, stamps of sets go forward."""
 
+import itertools
 import random
 import threading
 import time
@@ -7,9 +8,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from occflow_core.geometry import rigid
-from occflow_ros.assemble import Calibration, Cloud, Collector, ImageSet, Mailbox, Scans, Shot, frame_of
+from occflow_ros.assemble import BLOCK, Calibration, Cloud, Collector, ImageSet, Mailbox, Scans, Shot, Watch, frame_of
 
 MS = 1_000_000
 PERIOD = 1 / 12
@@ -94,6 +97,68 @@ def test_lost_late_and_reordered_images_never_mix_two_sweeps_and_are_used_or_cou
     assert stamps == sorted(stamps)
 
 
+# one image: how many sweeps after the one before, camera, ms beside its sweep, s of silence before it comes
+ARRIVALS = st.tuples(
+    st.sampled_from([0, 0, 0, 0, 0, 1, 1, 1, 2, -1, -4, -15, 30]),
+    st.integers(0, 3),
+    st.one_of(st.just(0), st.integers(-50, 50)),
+    st.sampled_from([0.0, 0.0, 0.01, 0.05, 0.13]),
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    cameras=st.integers(1, 4),
+    offsets=st.lists(st.sampled_from([0.0, 0.02, 0.043]), min_size=4, max_size=4),
+    least=st.integers(1, 4),
+    arrivals=st.lists(ARRIVALS | st.just("clear"), max_size=50),
+)
+@example(2, [0.043, 0.0, 0.0, 0.0], 1, [(0, 0, 0, 0.0), (0, 1, 34, 0.0)])  # the younger set has the older stamp
+@example(2, [0.043, 0.0, 0.0, 0.0], 1, [(0, 0, 0, 0.0), (0, 1, 43, 0.0)])  # two sets have the same stamp
+def test_whatever_comes_no_set_mixes_sweeps_stamps_go_forward_and_each_image_is_used_or_counted_once(
+    cameras, offsets, least, arrivals
+):
+    """Any interleaving, loss, repetition, reordering and jump."""
+    collector = Collector(cameras, PERIOD, offsets[:cameras], min_cameras=min(least, cameras))
+    sets, sent, k, now = [], [0] * cameras, 100, 0.0
+
+    def check():
+        for camera in range(cameras):
+            used = [images.pictures[camera] for images in sets if images.pictures[camera] is not None]
+            waiting = sum(camera in s.pictures for s in collector._open)
+            dropped = sum(n for (c, _), n in collector.dropped.items() if c == camera)
+            assert len(set(used)) == len(used)
+            assert len(used) + waiting + dropped == sent[camera]
+
+    for arrival in arrivals:
+        if arrival == "clear":
+            collector.clear()
+        else:
+            sweeps, camera, beside, silence = arrival
+            k, camera, now = k + sweeps, camera % cameras, now + silence
+            stamp = sweep(k, 0) + beside * MS + collector.offsets[camera]
+            sets += collector.poll(now)
+            sent[camera] += 1
+            sets += collector.add(camera, stamp, (camera, stamp, sum(sent)), now)
+        check()
+    sets += collector.poll(float("inf"))
+    check()
+    assert not collector.waiting
+    for images in sets:
+        here = [c for c in range(cameras) if images.pictures[c] is not None]
+        assert len(here) >= collector.min_cameras
+        assert all(images.pictures[c][:2] == (c, images.stamps[c]) for c in here)
+        references = [images.stamps[c] - collector.offsets[c] for c in here]
+        assert any(all(abs(r - s) <= collector.tolerance for s in references) for r in references)
+    for before, after in itertools.pairwise(sets):
+        assert before.lap < after.lap or (before.lap == after.lap and before.stamp < after.stamp)
+
+
+def test_sets_that_leave_together_leave_oldest_first():
+    sets = feed(Collector(2, PERIOD), [(0.0, 0, sweep(1, 0)), (0.0, 1, sweep(0, 1))])
+    assert [s.stamp for s in sets] == [sweep(0, 0), sweep(1, 0)]
+
+
 def test_without_offsets_a_wide_stagger_is_not_forced_into_one_set():
     sets = feed(Collector(2, PERIOD), [(0.0, 0, START), (0.05, 1, START + 50 * MS)])
     assert [s.complete for s in sets] == [False, False]
@@ -121,6 +186,27 @@ def test_open_sets_of_the_old_lap_are_counted_not_given_out():
     collector.add(0, sweep(100, 0), "old", 0.0)
     assert collector.add(0, sweep(0, 0), "new", 0.01) == []
     assert collector.dropped[0, "clock jump"] == 1 and collector.lap == 1
+
+
+@pytest.mark.parametrize("step", [0.05, 0.083, 0.3, 0.9])  # s: less than a clock jump
+@pytest.mark.parametrize("who", [range(6), [2]], ids=["all cameras", "one camera"])
+def test_after_a_small_step_back_images_are_late_until_time_has_caught_up_and_no_lap_begins(step, who):
+    def clock(c, stamp):
+        return stamp - round(step * 1e9) if c in who and stamp >= sweep(30, 0) else stamp
+
+    events = [(now, c, clock(c, stamp)) for now, c, stamp in steady_rig(60)]
+    collector = Collector(6, PERIOD)
+    sets = feed(collector, events)
+    stamps = [s.stamp for s in sets]
+    assert stamps == sorted(set(stamps)) and {s.lap for s in sets} == {0}
+    late = sum(collector.dropped.values())
+    assert late + sum(p is not None for s in sets for p in s.pictures) == len(events)
+    assert all(reason in ("late", "same stamp again") and camera in who for camera, reason in collector.dropped)
+    if len(who) == 1:  # the others go on as if nothing had been
+        assert len(sets) == 60 and all(sum(p is not None for p in s.pictures) >= 5 for s in sets)
+    else:  # whole sets again as soon as stamps pass the last one that left
+        assert late % 6 == 0 and late // 6 == 60 - len(sets) <= np.ceil((step + 0.4 * PERIOD) / PERIOD)
+        assert all(s.complete for s in sets)
 
 
 def test_a_small_step_back_of_the_clock_is_late_images_not_a_new_lap():
@@ -173,6 +259,89 @@ def test_a_collector_that_cannot_work_is_refused():
         Collector(2, PERIOD, min_cameras=3)
     with pytest.raises(ValueError, match="offset for each"):
         Collector(2, PERIOD, [0.0])
+
+
+def night(k: int, size=3 * 320 * 180) -> np.ndarray:
+    """A dark picture of a parked car: black, but for noise of one grey level."""
+    return np.random.default_rng(k).integers(0, 2, size, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("rate", [5.0, 12.0, 30.0])
+@pytest.mark.parametrize("what", ["stamp", "picture"])
+def test_a_frozen_camera_is_found_within_a_second_said_and_back_with_its_first_new_image(rate, what):
+    watch, first, back = Watch(0.8), 20, 50
+    faults = []
+    for k in range(60):
+        stands = first if first <= k < back else k
+        stamp, shown = (stands, k) if what == "stamp" else (k, stands)
+        stamp = START + round(stamp / rate * 1e9)
+        faults.append(watch.fault(stamp, night(shown), k / rate, clock=stamp))
+    found = next(k for k, fault in enumerate(faults) if fault is not None)
+    assert 0.8 <= (found - first) / rate <= 1.0
+    assert all(faults[found:back]) and not any(faults[:found] + faults[back:])
+    reason, sentence = faults[found]
+    assert reason == f"frozen: same {what}"
+    since = (START + round(first / rate * 1e9)) / 1e9
+    assert f"the {what} of {since:.3f} s came {found - first} more times" in sentence
+
+
+def test_a_parked_car_at_night_is_not_frozen_nor_is_a_picture_that_differs_in_its_last_byte():
+    watch = Watch(0.8)
+    assert not any(watch.fault(START + k * SWEEP, night(k), k / 12, clock=0) for k in range(120))
+    black = [np.zeros(200_001, np.uint8) for _ in range(120)]
+    for k, picture in enumerate(black):
+        picture[-1] = k % 2
+    assert not any(watch.fault(START + k * SWEEP, picture, 20 + k / 12, 0) for k, picture in enumerate(black))
+    shorter = [np.zeros(BLOCK + k % 2, np.uint8) for k in range(120)]
+    assert not any(watch.fault(START + k * SWEEP, picture, 40 + k / 12, 0) for k, picture in enumerate(shorter))
+
+
+@pytest.mark.parametrize("frozen_after", [0.0, 0.8])
+def test_a_stamp_of_the_future_is_refused_with_both_numbers_and_a_recording_is_not(frozen_after):
+    clock = START + 3600 * 1000 * MS
+    watch = Watch(frozen_after)
+    reason, sentence = watch.fault(clock + 1001 * MS, night(0, 9), 0.0, clock)
+    assert reason == "stamp far from the clock"
+    assert "4601.001 s is 1.001 s ahead of the ROS clock, 4600.000 s, expected at most 1.0 s" in sentence
+    assert watch.fault(clock + 1000 * MS, night(1, 9), 0.1, clock) is None  # /clock comes in steps
+    assert watch.fault(START, night(2, 9), 0.2, clock) is None  # played without its clock
+    assert watch.fault(clock + 5000 * MS, night(3, 9), 0.3, 0) is None  # a simulated clock that has not begun
+
+
+@pytest.mark.parametrize("cameras", [2, 6])
+def test_a_camera_whose_clock_is_an_hour_ahead_and_which_speaks_first_costs_no_other_image(cameras):
+    collector, watches = Collector(cameras, PERIOD), [Watch(0.8) for _ in range(cameras)]
+    sets = []
+    for k, (now, camera, stamp) in enumerate(steady_rig(30, cameras)):
+        clock, stamp = stamp + 10 * MS, stamp + (3600 * 1000 * MS if camera == 0 else 0)
+        sets += collector.poll(now)
+        if watches[camera].fault(stamp, night(k, 900), now, clock) is None:
+            sets += collector.add(camera, stamp, (camera, stamp), now)
+    sets += collector.poll(float("inf"))
+    assert len(sets) == 30 and not collector.dropped
+    assert all([c for c, p in enumerate(s.pictures) if p is None] == [0] for s in sets)
+
+
+def test_zero_turns_the_watch_off_and_less_is_refused():
+    watch = Watch(0.0)
+    assert not any(watch.fault(START + k * SWEEP, np.zeros(9, np.uint8), k / 12, 0) for k in range(120))
+    with pytest.raises(ValueError, match="frozen_after >= 0 s, got -1"):
+        Watch(-1)
+
+
+def test_sets_go_on_without_a_frozen_camera():
+    collector, watches = Collector(6, PERIOD), [Watch(0.8) for _ in range(6)]
+    sets = []
+    for now, camera, stamp in steady_rig(60):
+        shown = 10 if camera == 3 and stamp >= sweep(10, 0) else stamp
+        sets += collector.poll(now)
+        if watches[camera].fault(stamp, night(shown, 900), now, clock=stamp) is None:
+            sets += collector.add(camera, stamp, (camera, stamp), now)
+    sets += collector.poll(float("inf"))
+    assert len(sets) == 60
+    missing = [k for k, images in enumerate(sets) if not images.complete]
+    assert missing == list(range(missing[0], 60)) and 10 < missing[0] <= 22
+    assert all([c for c, p in enumerate(sets[k].pictures) if p is None] == [3] for k in missing)
 
 
 def test_in_the_mailbox_the_newest_letter_wins_and_closing_wakes_the_reader():

@@ -75,6 +75,22 @@ def test_a_camera_whose_images_come_but_are_never_used_is_an_error():
     assert "none of them can be used (latest: /a/image: refused: a broken JPEG)" in health.report(13.9)[1].message
 
 
+def test_a_camera_whose_images_are_refused_is_a_warning_at_once_an_error_when_it_lasts_and_well_with_the_next():
+    health, sentence = running(), "/a/image: refused: the camera is frozen"
+    for k in range(101, 140):
+        health.refused("a", "frozen: same picture", sentence)
+        health.image("b", k / 10)
+        health.used("b", k / 10)
+        health.served(k / 10)
+        told = health.report(k / 10)[1]
+        assert told.level == (WARN if k <= 120 else ERROR) and sentence in told.message
+    assert told.values["dropped: frozen: same picture"] == 39
+    assert level(health, 13.9) == {"occupancy": WARN, "a": ERROR, "b": OK}
+    health.image("a", 14.0)
+    health.used("a", 14.0)
+    assert level(health, 14.0) == {"occupancy": OK, "a": OK, "b": OK}
+
+
 def test_an_inactive_node_is_silent_on_purpose():
     health = running()
     health.active = False
