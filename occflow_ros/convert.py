@@ -316,6 +316,24 @@ def diagnostics(stamp: int, hardware: str, report):
     return message
 
 
+def time_kind():
+    """The class of the messages that tell times: that of Autoware's debug topics where its package is installed, else
+    std_msgs/Float64."""
+    try:
+        from autoware_internal_debug_msgs.msg import Float64Stamped as Kind
+    except ImportError:
+        from std_msgs.msg import Float64 as Kind
+    return Kind
+
+
+def milliseconds(kind, seconds: float, stamp: int):
+    """s -> a message of `time_kind` with ms; `stamp` (ns) is that of the set where the kind has one."""
+    message = kind(data=seconds * 1e3)
+    if hasattr(message, "stamp"):
+        message.stamp = time_message(stamp)
+    return message
+
+
 def _array(values: np.ndarray) -> array:
     """numpy -> array.array of the same type: the one sequence that rclpy takes without looking at each element."""
     codes = {"uint8": "B", "uint32": "I", "int32": "i", "float32": "f"}

@@ -4,10 +4,12 @@ Thread-safe: callbacks and the worker both report here. Times are seconds of a s
 replay rates of the ROS clock do not look like faults.
 """
 
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -43,6 +45,7 @@ class Health:
         self._latencies: dict[str, deque[float]] = {}
         self._counts: Counter[str] = Counter()
         self._said: dict[str, float] = {}
+        self._told: dict[str, object] = {}
         self._served: float | None = None
 
     def image(self, camera: str, now: float) -> None:
@@ -73,6 +76,11 @@ class Health:
         with self._lock:
             self._counts[what] += 1
 
+    def tell(self, what: str, value: object) -> None:
+        """A fact of the whole, as it is now: memory, the age of TF, whose weights, ..."""
+        with self._lock:
+            self._told[what] = value
+
     def took(self, stage: str, seconds: float) -> None:
         with self._lock:
             self._latencies.setdefault(stage, deque(maxlen=WINDOW)).append(seconds)
@@ -89,6 +97,11 @@ class Health:
                 return False
             self._said[key] = now
             return True
+
+    def latest(self) -> dict[str, float]:
+        """Stage -> s, what it took the last time."""
+        with self._lock:
+            return {stage: values[-1] for stage, values in self._latencies.items()}
 
     def latencies_ms(self) -> dict[str, dict[str, float]]:
         """Stage -> p50, p95, p99 in ms over the latest window."""
@@ -108,7 +121,7 @@ class Health:
         with self._lock:
             statuses = [self._sensor(name, now) for name in self.sensors]
             silent = [s.name for s in statuses if s.level != OK]
-            values: dict[str, object] = {"model": self.model_name, **self._counts}
+            values: dict[str, object] = {"model": self.model_name, **self._told, **self._counts}
             values |= {f"sets dropped: {reason}": n for reason, n in self._drops["sets"].items()}
             active = self.active
             since = None if self._served is None else now - self._served
@@ -146,3 +159,12 @@ class Health:
 
     def _why(self, what: str) -> str:
         return f" (latest: {self._latest_drop[what]})" if what in self._latest_drop else ""
+
+
+def resident_mb() -> float | None:
+    """Memory of this process that is in RAM, MB; None where no /proc tells it."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)

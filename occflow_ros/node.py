@@ -6,6 +6,7 @@ configure reads the parameters, loads and warms up the model and listens to cali
 images and starts the worker; deactivate and cleanup give back what the two took.
 """
 
+import math
 import signal
 import sys
 import threading
@@ -24,18 +25,23 @@ from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
+from std_srvs.srv import Trigger
 from visualization_msgs.msg import MarkerArray
 
 from occflow_core.runtime import Stream, load
+from occflow_core.types import NANO
 
 from . import convert, parameters
 from .assemble import Calibration, Collector, ImageSet, Mailbox, Scans, Shot
 from .convert import Refused
 from .frames import TransformBuffer
-from .health import LIDAR, Health
+from .health import LIDAR, Health, resident_mb
 from .parameters import ParameterProblem, Settings
 from .pipeline import Pipeline, Served
 
+HASH = 12  # characters of the weights' SHA-256 that are told: enough to tell files apart
+# of a set, as `Pipeline`, `Stream` and this node time them; `scans` only where there is a LiDAR
+STAGES = ("decode", "scans", "assemble", "prepare", "network", "voxels", "visibility", "convert", "publish", "total")
 POLLS = 5  # looks at the open sets within one deadline: a set leaves at most a fifth of it late
 
 
@@ -64,6 +70,7 @@ class OccupancyNode(LifecycleNode):
         self._configured, self._activated = [], []  # what to destroy at cleanup, at deactivate
         self._model = self._stream = self._collector = self._transforms = self._scans = None
         self._calibrations: list[Calibration | None] = []
+        self._latest_set: int | None = None  # ns: the stamp of the newest set, whatever became of it
 
     # ---- lifecycle
 
@@ -110,11 +117,17 @@ class OccupancyNode(LifecycleNode):
         sweeps = self._model.system.config.sweeps
         self.health = Health(s.cameras, self._model.name, max(2.0, 3.0 / s.camera_rate), lidar=sweeps > 0)
         self.health.active = False
+        self.health.tell("trained", str(self._model.trained).lower())
+        self.health.tell("weights SHA-256", (self._model.weights or "none: random")[:HASH])
         self._transforms = TransformBuffer(jump=s.clock_jump)
         self._calibrations = [None] * len(s.cameras)
         self._out = self._offer(_message("occflow_msgs", "VoxelFlow"), "~/occupancy")
         self._out_points = self._offer(PointCloud2, "~/points")
         self._out_markers = self._offer(MarkerArray, "~/markers")
+        kind = convert.time_kind()
+        names = ["cyclic_time", "pipeline_latency"]
+        names += [f"processing_time/{stage}" for stage in STAGES if sweeps or stage != "scans"]
+        self._out_times = {name: self._offer(kind, f"~/debug/{name}_ms") for name in names}
         self._out_diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._configured.append((self.destroy_publisher, self._out_diagnostics))
         self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf", self._on_tf, QoSProfile(depth=100))
@@ -122,6 +135,9 @@ class OccupancyNode(LifecycleNode):
         self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf_static", self._on_tf_static, latched)
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
             self._listen(self._configured, CameraInfo, c.info_topic, self._on_info, self._image_qos(), camera, name)
+        self._configured.append(
+            (self.destroy_service, self.create_service(Trigger, "~/reset_memory", self._on_reset_memory))
+        )
         # a steady clock: timers of the ROS clock stand still when a bag is paused or turned back
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         timer = self.create_timer(s.diagnostics_period, self._guarded(self._diagnose), clock=steady)
@@ -143,6 +159,7 @@ class OccupancyNode(LifecycleNode):
             s.clock_jump,
         )
         self._mailbox = Mailbox()
+        self._answered: float | None = None  # s, steady: when the latest set was
         sweeps = self._model.system.config.sweeps
         self._scans = Scans(s.lidar_topic, sweeps, 1.0 / s.lidar_rate, s.lidar_gap, s.clock_jump) if sweeps else None
         pipeline = Pipeline(
@@ -295,6 +312,21 @@ class OccupancyNode(LifecycleNode):
                 self.health.count("transforms refused")
                 self._say(f"tf {stamped.child_frame_id}", f"{'/tf_static' if static else '/tf'}: {refused}")
 
+    def _on_reset_memory(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """Sets that wait are dropped; the next one is of a new lap, at which the worker's stream forgets."""
+        if self._worker is None:
+            response.message = "the node is not active and remembers nothing: activate begins without memory"
+            return response
+        waiting = self._collector.poll(math.inf)
+        letter = self._mailbox.put(None)
+        for _ in range(len(waiting) + (letter is not None)):
+            self.health.dropped("sets", "memory reset")
+        self._collector.clear()
+        self.health.count("memory resets")
+        self.get_logger().info("memory reset: somebody asked for it")
+        response.success, response.message = True, "the next set is answered without memory of those before it"
+        return response
+
     def _poll(self) -> None:
         now = time.monotonic()
         self._post(self._collector.poll(now), now)
@@ -303,6 +335,7 @@ class OccupancyNode(LifecycleNode):
 
     def _post(self, sets: list[ImageSet], now: float) -> None:
         for images in sets:
+            self._latest_set = images.stamp
             self.health.count("sets complete" if images.complete else "sets partial")
             if self._mailbox.put(Letter(images, now)) is not None:
                 self.health.count("sets skipped")
@@ -310,9 +343,27 @@ class OccupancyNode(LifecycleNode):
     def _diagnose(self) -> None:
         if self._collector is not None:
             self.health.collected(self._collector.dropped)
+        for what, value in self._facts().items():
+            self.health.tell(what, value)
         report = self.health.report(time.monotonic())
         stamp = self.get_clock().now().nanoseconds
         self._out_diagnostics.publish(convert.diagnostics(stamp, self.get_fully_qualified_name(), report))
+
+    def _facts(self) -> dict[str, object]:
+        """What is asked anew for each message on /diagnostics."""
+        facts: dict[str, object] = {}
+        if (resident := resident_mb()) is not None:
+            facts["resident memory MB"] = resident
+        device = self._model.device
+        if device.type == "cuda":
+            facts["CUDA memory MB"] = round(torch.cuda.memory_allocated(device) / 1e6, 1)
+            facts["CUDA memory reserved MB"] = round(torch.cuda.memory_reserved(device) / 1e6, 1)
+        newest = self._transforms.newest(self.settings.fixed_frame, self.settings.base_frame)
+        if newest is None or self._latest_set is None:
+            facts["TF age s"] = "none"
+        else:  # below zero: TF is ahead of the images, as it should be
+            facts["TF age s"] = round((self._latest_set - newest) / NANO, 3)
+        return facts
 
     def _refuse(self, camera: str, topic: str, refused: Refused) -> None:
         sentence = f"{topic}: refused: {refused}"
@@ -330,9 +381,11 @@ class OccupancyNode(LifecycleNode):
         try:
             while (letter := mailbox.take()) is not None:
                 try:
+                    begin = time.perf_counter()
                     served = pipeline.serve(letter.images)
                     if served is not None:
                         self._publish(served)
+                        self.health.took("total", time.perf_counter() - begin)
                         self._served(served, letter)
                 except Exception as error:
                     self.health.dropped("sets", type(error).__name__, str(error))
@@ -349,6 +402,18 @@ class OccupancyNode(LifecycleNode):
                 self.health.used(name, now)
         if self._scans is not None:
             self.health.used(LIDAR, now)  # without a scan no set is served
+        self._publish_times(served.images.stamp, now)
+
+    def _publish_times(self, stamp: int, now: float) -> None:
+        """The times of this set, those that somebody listens to."""
+        seconds = {f"processing_time/{stage}": value for stage, value in self.health.latest().items()}
+        seconds["pipeline_latency"] = (self.get_clock().now().nanoseconds - stamp) / NANO
+        if self._answered is not None:
+            seconds["cyclic_time"] = now - self._answered
+        self._answered = now
+        for name, publisher in self._out_times.items():
+            if name in seconds and publisher.get_subscription_count():
+                publisher.publish(convert.milliseconds(publisher.msg_type, seconds[name], stamp))
 
     def _publish(self, served: Served) -> None:
         s, images, prediction = self.settings, served.images, served.prediction

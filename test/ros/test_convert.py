@@ -1,5 +1,6 @@
 """Messages are checked before they are used; what cannot be used is refused with what came and what was expected."""
 
+import sys
 from types import SimpleNamespace
 
 import cv2
@@ -308,3 +309,18 @@ def test_clouds_that_nobody_can_place_are_refused():
         with pytest.raises(Refused) as refused:
             convert.cloud(message)
         assert refused.value.reason == reason
+
+
+def test_times_are_milliseconds_with_autowares_stamp_where_its_package_is(monkeypatch):
+    pytest.importorskip("std_msgs", reason="needs ROS 2")
+    plain = convert.time_kind()
+    assert plain.__name__ == "Float64" and convert.milliseconds(plain, 0.25, 7).data == 250.0
+
+    class Float64Stamped:
+        def __init__(self, data):
+            self.data, self.stamp = data, None
+
+    for name in ("autoware_internal_debug_msgs", "autoware_internal_debug_msgs.msg"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(Float64Stamped=Float64Stamped))
+    stamped = convert.milliseconds(convert.time_kind(), 0.25, 3_000_000_007)
+    assert (stamped.data, stamped.stamp.sec, stamped.stamp.nanosec) == (250.0, 3, 7)
