@@ -42,6 +42,7 @@ class Health:
         self._used: dict[str, float] = {}
         self._drops: dict[str, Counter[str]] = {name: Counter() for name in (*self.sensors, "sets")}
         self._latest_drop: dict[str, str] = {}
+        self._doubts: dict[str, str] = {}
         self._latencies: dict[str, deque[float]] = {}
         self._counts: Counter[str] = Counter()
         self._said: dict[str, float] = {}
@@ -64,6 +65,16 @@ class Health:
             self._drops[what][reason] += 1
             if sentence:
                 self._latest_drop[what] = sentence
+
+    def explain(self, what: str, sentence: str) -> None:
+        """Why a sensor, or "sets", may be silent, where nothing was lost that could be counted."""
+        with self._lock:
+            self._latest_drop[what] = sentence
+
+    def doubted(self, sensor: str, sentence: str) -> None:
+        """A sensor works, but something about it is not as it should be, and is a warning; "" takes it back."""
+        with self._lock:
+            self._doubts[sensor] = sentence
 
     def collected(self, drops: Counter) -> None:
         """Takes over the collector's own counts, which are totals: (camera index or None, reason) -> count."""
@@ -120,7 +131,8 @@ class Health:
         """One status for the whole, one a camera, one for the LiDAR where it is needed."""
         with self._lock:
             statuses = [self._sensor(name, now) for name in self.sensors]
-            silent = [s.name for s in statuses if s.level != OK]
+            doubts = [self._doubts[name] for name in self.sensors if self._doubts.get(name)]
+            silent = [s.name for s in statuses if s.level != OK and s.message != self._doubts.get(s.name)]
             values: dict[str, object] = {"model": self.model_name, **self._told, **self._counts}
             values |= {f"sets dropped: {reason}": n for reason, n in self._drops["sets"].items()}
             active = self.active
@@ -135,6 +147,8 @@ class Health:
             level, message = ERROR, f"no output for {since:.1f} s{self._why('sets')}"
         elif silent:
             level, message = WARN, f"running without {', '.join(silent)}"
+        elif doubts:
+            level, message = WARN, "; ".join(doubts)
         else:
             level, message = OK, "running"
         return [Status("occupancy", level, message, values), *statuses]
@@ -155,6 +169,8 @@ class Health:
             return Status(name, ERROR, f"no {thing} for {now - arrivals[-1]:.1f} s{self._why(name)}", values)
         if used is None or now - used > self.quiet:
             return Status(name, ERROR, f"{thing}s come, none of them can be used{self._why(name)}", values)
+        if self._doubts.get(name):
+            return Status(name, WARN, self._doubts[name], values)
         return Status(name, OK, "running", values)
 
     def _why(self, what: str) -> str:

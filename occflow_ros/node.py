@@ -19,10 +19,11 @@ import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_policy_name_from_kind
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from std_srvs.srv import Trigger
@@ -70,6 +71,7 @@ class OccupancyNode(LifecycleNode):
         self._configured, self._activated = [], []  # what to destroy at cleanup, at deactivate
         self._model = self._stream = self._collector = self._transforms = self._scans = None
         self._calibrations: list[Calibration | None] = []
+        self._sources: dict[str, str] = {}  # topic of a sensor, as remapped -> its name for `Health`
         self._latest_set: int | None = None  # ns: the stamp of the newest set, whatever became of it
 
     # ---- lifecycle
@@ -134,7 +136,8 @@ class OccupancyNode(LifecycleNode):
         latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf_static", self._on_tf_static, latched)
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
-            self._listen(self._configured, CameraInfo, c.info_topic, self._on_info, self._image_qos(), camera, name)
+            qos = self._image_qos()
+            self._listen(self._configured, CameraInfo, c.info_topic, self._on_info, qos, camera, name, sensor=name)
         self._configured.append(
             (self.destroy_service, self.create_service(Trigger, "~/reset_memory", self._on_reset_memory))
         )
@@ -178,9 +181,11 @@ class OccupancyNode(LifecycleNode):
         self._worker = threading.Thread(target=self._work, args=(pipeline, self._mailbox), name="worker")
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
             kind = CompressedImage if c.compressed else Image
-            self._listen(self._activated, kind, c.image_topic, self._on_image, self._image_qos(), camera, name)
+            qos = self._image_qos()
+            self._listen(self._activated, kind, c.image_topic, self._on_image, qos, camera, name, sensor=name)
         if self._scans is not None:
-            self._listen(self._activated, PointCloud2, s.lidar_topic, self._on_cloud, self._image_qos())
+            qos = self._image_qos()
+            self._listen(self._activated, PointCloud2, s.lidar_topic, self._on_cloud, qos, sensor=LIDAR)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._deadlines = self.create_timer(s.set_deadline / POLLS, self._guarded(self._poll), clock=steady)
         self._deadlines.cancel()
@@ -229,10 +234,19 @@ class OccupancyNode(LifecycleNode):
         self._configured.append((self.destroy_lifecycle_publisher, publisher))
         return publisher
 
-    def _listen(self, owner: list, kind, topic: str, callback: Callable, qos: QoSProfile, *arguments) -> None:
-        owner.append(
-            (self.destroy_subscription, self.create_subscription(kind, topic, self._guarded(callback, *arguments), qos))
+    def _listen(
+        self, owner: list, kind, topic: str, callback: Callable, qos: QoSProfile, *arguments, sensor: str | None = None
+    ) -> None:
+        events = None
+        if sensor is not None:
+            remapped = self.resolve_topic_name(topic)
+            self._sources[remapped] = sensor
+            unfit = self._guarded(self._on_incompatible_qos, remapped, qos, sensor)
+            events = SubscriptionEventCallbacks(incompatible_qos=unfit)
+        subscription = self.create_subscription(
+            kind, topic, self._guarded(callback, *arguments), qos, event_callbacks=events
         )
+        owner.append((self.destroy_subscription, subscription))
 
     def _guarded(self, callback: Callable, *arguments) -> Callable:
         """A callback that cannot take the node with it: what it throws is counted and said."""
@@ -281,6 +295,19 @@ class OccupancyNode(LifecycleNode):
         if self._collector.lap != lap:
             self.health.count("clock jumps")
             self._say("lap", "stamps went back: open sets and memory are forgotten, a new lap begins")
+
+    def _on_incompatible_qos(self, event, topic: str, ours: QoSProfile, sensor: str) -> None:
+        """A publisher that DDS does not connect to us: without a word, its topic would be silent for ever."""
+        policy = qos_policy_name_from_kind(event.last_policy_kind).lower()
+        offered = {getattr(p.qos_profile, policy, None) for p in self.get_publishers_info_by_topic(topic)}
+        theirs = " or ".join(sorted(getattr(value, "name", str(value)) for value in offered))
+        wanted = getattr(ours, policy, None)
+        sentence = (
+            f"{topic}: a publisher offers {policy} {theirs}, we ask for {getattr(wanted, 'name', wanted)}: "
+            "nothing of it will come; change its QoS, or `reliable_images`"
+        )
+        self.health.explain(sensor, sentence)
+        self._say(f"{topic} QoS", sentence)
 
     def _on_cloud(self, message: PointCloud2) -> None:
         try:
@@ -345,6 +372,10 @@ class OccupancyNode(LifecycleNode):
             self.health.collected(self._collector.dropped)
         for what, value in self._facts().items():
             self.health.tell(what, value)
+        publishers = {topic: self.count_publishers(topic) for topic in self._sources}
+        for sensor in {*self._sources.values()}:
+            several = [f"{n} publishers on {t}" for t, n in publishers.items() if n > 1 and self._sources[t] == sensor]
+            self.health.doubted(sensor, ", ".join(several))
         report = self.health.report(time.monotonic())
         stamp = self.get_clock().now().nanoseconds
         self._out_diagnostics.publish(convert.diagnostics(stamp, self.get_fully_qualified_name(), report))

@@ -126,3 +126,21 @@ def test_the_latest_of_each_stage_is_this_sets():
     for stage, seconds in (("decode", 0.1), ("network", 0.5), ("decode", 0.2)):
         health.took(stage, seconds)
     assert health.latest() == {"decode": 0.2, "network": 0.5}
+
+
+def test_a_sensor_that_is_doubted_warns_while_it_runs_and_is_not_called_missing():
+    health = running()
+    health.doubted("a", "2 publishers on /a/image")
+    assert level(health, 10.0) == {"occupancy": WARN, "a": WARN, "b": OK}
+    whole, camera, _ = health.report(10.0)
+    assert whole.message == camera.message == "2 publishers on /a/image"
+    assert level(health, 15.0)["a"] == ERROR  # silence is worse
+    health.doubted("a", "")
+    assert level(health, 10.0) == {"occupancy": OK, "a": OK, "b": OK}
+
+
+def test_an_explanation_is_shown_and_counts_nothing():
+    health = Health(["a"], "net")
+    health.explain("a", "/a: a publisher offers reliability BEST_EFFORT, we ask for RELIABLE")
+    camera = health.report(0.0)[1]
+    assert "no image yet (latest: /a: a publisher offers" in camera.message and camera.values == {}
