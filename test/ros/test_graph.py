@@ -1,6 +1,8 @@
 """What the node shows on the ROS graph, in one process with those who look at it: services, events, names."""
 
 import time
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -8,12 +10,15 @@ rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
 
 from rclpy.lifecycle import TransitionCallbackReturn as Result  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
+from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
+from sensor_msgs.msg import CompressedImage  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
 from occflow_ros import convert  # noqa: E402
 from occflow_ros.node import OccupancyNode  # noqa: E402
 
 pytestmark = [pytest.mark.dds, pytest.mark.timeout(240)]
+POLICY = Path(__file__).resolve().parents[2] / "config" / "sros2" / "policy.xml"
 FRONT = "/cam_front/image_raw/compressed"
 
 
@@ -23,7 +28,11 @@ class Graph:
     def __init__(self, context):
         self.node = OccupancyNode(
             context=context,
-            parameter_overrides=[Parameter("model", value="opus-nano"), Parameter("use_sim_time", value=True)],
+            parameter_overrides=[
+                Parameter("model", value="opus-nano"),
+                Parameter("use_sim_time", value=True),
+                Parameter("reliable_images", value=True),
+            ],
         )
         self.other = rclpy.create_node("other", context=context)
         self.executor = rclpy.executors.SingleThreadedExecutor(context=context)
@@ -108,3 +117,51 @@ def test_times_are_published_where_somebody_listens(active):
     assert heard == {"pipeline_latency_ms": -2000.0, "processing_time/network_ms": 250.0}
     active.node._publish_times(2 * 10**9, 5.5)
     assert active.until(lambda: heard.get("cyclic_time_ms")) == 500.0
+
+
+def test_a_publisher_whose_qos_does_not_fit_is_named_with_both_sides(active):
+    unfit = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+    publisher = active.other.create_publisher(CompressedImage, FRONT, unfit)
+    words = f"{FRONT}: a publisher offers reliability BEST_EFFORT, we ask for RELIABLE"
+    active.until(lambda: words in active.node.health.report(0.0)[1].message)
+    active.other.destroy_publisher(publisher)
+
+
+def test_two_publishers_on_one_topic_are_a_warning_until_one_goes(active):
+    def camera():
+        active.node._diagnose()
+        return active.node.health.report(1.0)[1].message
+
+    first, second = (active.other.create_publisher(CompressedImage, FRONT, 1) for _ in range(2))
+    active.node.health.image("cam_front", 1.0)
+    active.node.health.used("cam_front", 1.0)
+    active.until(lambda: camera() == f"2 publishers on {FRONT}")
+    active.other.destroy_publisher(second)
+    active.until(lambda: camera() == "running")
+    active.other.destroy_publisher(first)
+
+
+def test_the_policy_allows_exactly_what_the_node_shows(active):
+    def allowed(items: str, action: str) -> list[str]:
+        rules = profile.findall(f"{items}[@{action}='ALLOW']/*")
+        return sorted(rule.text for rule in rules)
+
+    (profile,) = ElementTree.parse(POLICY).getroot().findall("enclaves/enclave/profiles/profile")
+    assert (profile.get("ns"), profile.get("node")) == ("/", "occflow") and len(profile) == 3
+    other = active.other
+    for items, action, show in (
+        ("topics", "publish", other.get_publisher_names_and_types_by_node),
+        ("topics", "subscribe", other.get_subscriber_names_and_types_by_node),
+        ("services", "reply", other.get_service_names_and_types_by_node),
+    ):
+        shown = []
+
+        def same(items=items, action=action, show=show, shown=shown):
+            shown[:] = sorted(name for name, _ in show("occflow", "/"))
+            return shown == allowed(items, action)
+
+        try:
+            active.until(same, 10.0)
+        except AssertionError:
+            assert shown == allowed(items, action)
+            raise
