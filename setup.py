@@ -35,7 +35,10 @@ setup(
     data_files=[
         *share("occflow_ros"),
         *share("occflow_core"),
-        *((f"share/occflow_ros/{name}", sorted(glob(f"{name}/*.*"))) for name in ("launch", "config", "rviz")),
+        *(
+            (f"share/occflow_ros/{name}", sorted(glob(f"{name}/*.*")))
+            for name in ("launch", "config", "config/sros2", "rviz")
+        ),
     ],
     # lower bounds only: the exact versions that are tested stand in requirements/constraints.txt
     install_requires=[

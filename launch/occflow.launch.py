@@ -1,8 +1,9 @@
 """ros2 launch occflow_ros occflow.launch.py [bag:=FOLDER] [rate:=1.0] [rviz:=true] [params:=FILE] [use_sim_time:=true]
+                                         [respawn:=true]
 
 Nothing is required: without arguments the node listens to the topics of `config/occflow.yaml`. `params` brings a file
 of your own (topics, weights, offsets), `bag` replays a recording into the node, with /clock. Ctrl-C ends everything;
-a node or a replay that fails ends the launch, with exit code 1.
+a node or a replay that fails ends the launch, with exit code 1; with `respawn` the node is started anew instead.
 """
 
 from pathlib import Path
@@ -13,11 +14,13 @@ from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch_ros.actions import Node
 
 SHARE = Path(get_package_share_directory("occflow_ros"))
+RESPAWN_DELAY = 2.0  # s: a node that cannot start must not fill the log nor the processor
 ARGUMENTS = {  # name: (default, meaning)
     "params": (str(SHARE / "config" / "occflow.yaml"), "YAML file of the node's parameters"),
     "bag": ("", "rosbag2 folder to replay; empty: live cameras"),
     "rate": ("1.0", "speed of the replay"),
     "rviz": ("false", "true: show the result in RViz"),
+    "respawn": ("false", "true: a node that ends is started anew"),
     "use_sim_time": ("false", "true: time comes from /clock (a bag implies it)"),
 }
 
@@ -37,7 +40,7 @@ def nodes(context) -> list[Node]:
     params, bag = (_existing(name, said[name]) if said[name] else "" for name in ("params", "bag"))
     # a replay brings its own clock; a node on the system's clock would find every stamp years old
     clock = {"use_sim_time": _true("use_sim_time", said["use_sim_time"]) or bool(bag)}
-    rviz = _true("rviz", said["rviz"])
+    rviz, respawn = _true("rviz", said["rviz"]), _true("respawn", said["respawn"])
     if rviz:
         _installed("rviz2")
     found = [
@@ -47,7 +50,8 @@ def nodes(context) -> list[Node]:
             name="occflow",
             output="screen",
             parameters=[*([params] if params else []), clock],
-            on_exit=_ended,
+            # not both: launch acts on an exit before it respawns
+            **({"respawn": True, "respawn_delay": RESPAWN_DELAY} if respawn else {"on_exit": _ended}),
         )
     ]
     if bag:

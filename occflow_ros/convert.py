@@ -26,6 +26,12 @@ RAW_ENCODINGS = {
     "mono8": (1, (0, 0, 0)),
 }
 LARGEST = 16384  # pixels along one side: beyond it a header is broken, not a camera better
+# Bounds that hold before anything is allocated: a few bytes that lie must not cost gigabytes.
+MOST_PIXELS = 50_000_000  # of a picture: the largest cameras on cars have 17 million; decoded these are 150 MB
+MOST_BYTES = 64 << 20  # of a compressed picture: six bytes a pixel of those, more than a PNG of noise has
+LONGEST_ROW = 4 * LARGEST  # bytes a row with its padding: a message of one row could ask for 4 GB of it
+MOST_POINTS = 4_000_000  # of a scan: LiDARs of 128 beams send a quarter of a million
+MOST_COEFFICIENTS = 14  # of distortion: the tilted rational model of OpenCV has them all
 
 
 class Refused(ValueError):
@@ -77,11 +83,13 @@ def raw_picture(message) -> Picture:
         raise Refused("unknown encoding", f"encoding {message.encoding!r}, expected one of {', '.join(RAW_ENCODINGS)}")
     depth, _ = RAW_ENCODINGS[encoding]
     height, width, step = message.height, message.width, message.step
-    if not (0 < height <= LARGEST and 0 < width <= LARGEST):
-        raise Refused("impossible size", f"a picture of {width} x {height} pixels")
-    if step < width * depth:
-        raise Refused("wrong step", f"step {step} bytes, but {width} pixels of {encoding} need {width * depth}")
+    _possible("impossible size", "a picture", height, width)
+    if not width * depth <= step <= LONGEST_ROW:
+        sentence = f"step {step} bytes, but {width} pixels of {encoding} need {width * depth}"
+        raise Refused("wrong step", f"{sentence}, at most {LONGEST_ROW} with padding")
     data = np.frombuffer(message.data, np.uint8)
+    if data.size > step * height:
+        raise Refused("too many bytes", f"{data.size} bytes, but {height} rows of {step} bytes are {step * height}")
     if data.size < step * (height - 1) + width * depth:
         raise Refused("too few bytes", f"{data.size} bytes, but {height} rows of {step} bytes need {step * height}")
     if data.size < step * height:  # the last row may come without its padding
@@ -92,6 +100,8 @@ def raw_picture(message) -> Picture:
 def compressed_picture(message) -> Picture:
     """sensor_msgs/CompressedImage -> Picture. The bytes decide, not `format`: drivers write many things there."""
     data = np.frombuffer(message.data, np.uint8)
+    if data.size > MOST_BYTES:
+        raise Refused("too many bytes", f"a compressed picture of {data.size} bytes, expected at most {MOST_BYTES}")
     head = data[:8].tobytes()
     if head[:2] == b"\xff\xd8":
         import simplejpeg
@@ -106,9 +116,15 @@ def compressed_picture(message) -> Picture:
         encoding = "png"
     else:
         raise Refused("unknown format", f"{data.size} bytes of format {message.format!r}, expected JPEG or PNG")
-    if not (0 < height <= LARGEST and 0 < width <= LARGEST):
-        raise Refused("impossible size", f"a picture of {width} x {height} pixels")
+    _possible("impossible size", "a picture", height, width)
     return Picture(data, encoding, height, width, 0)
+
+
+def _possible(reason: str, what: str, height: int, width: int) -> None:
+    """Refused where no camera has so many pixels, or none at all."""
+    if not (0 < height <= LARGEST and 0 < width <= LARGEST and height * width <= MOST_PIXELS):
+        most = f"at most {LARGEST} a side and {MOST_PIXELS} in all"
+        raise Refused(reason, f"{what} of {width} x {height} pixels, expected {most}")
 
 
 def cloud(message) -> Cloud:
@@ -118,6 +134,9 @@ def cloud(message) -> Cloud:
         raise Refused("no frame", "a cloud without frame_id: no transform can tell where it lies")
     if stamp <= 0:
         raise Refused("no stamp", "a cloud without a stamp, expected that of its scan")
+    if message.height * message.width > MOST_POINTS:
+        size = f"{message.height} x {message.width} points"
+        raise Refused("impossible size", f"a cloud of {size}, expected at most {MOST_POINTS} in all")
     try:
         points = pointcloud.read(message)
     except ValueError as error:
@@ -150,8 +169,10 @@ def calibration(message, rectified: bool) -> Calibration:
 
     rectified: the images are already rectified, so P holds and D is history; else K holds and D must be zero.
     """
-    if not (0 < message.height <= LARGEST and 0 < message.width <= LARGEST):
-        raise Refused("unusable CameraInfo", f"CameraInfo of {message.width} x {message.height} pixels")
+    _possible("unusable CameraInfo", "CameraInfo", message.height, message.width)
+    if len(message.d) > MOST_COEFFICIENTS:
+        sentence = f"CameraInfo with {len(message.d)} coefficients of distortion, expected at most {MOST_COEFFICIENTS}"
+        raise Refused("unusable CameraInfo", sentence)
     if message.binning_x > 1 or message.binning_y > 1 or message.roi.width or message.roi.height:
         raise Refused("unusable CameraInfo", "CameraInfo with binning or a region of interest, expected neither")
     name, k = ("P", np.reshape(message.p, (3, 4))[:, :3]) if rectified else ("K", np.reshape(message.k, (3, 3)))
@@ -313,6 +334,24 @@ def diagnostics(stamp: int, hardware: str, report):
         )
         for status in report
     ]
+    return message
+
+
+def time_kind():
+    """The class of the messages that tell times: that of Autoware's debug topics where its package is installed, else
+    std_msgs/Float64."""
+    try:
+        from autoware_internal_debug_msgs.msg import Float64Stamped as Kind
+    except ImportError:
+        from std_msgs.msg import Float64 as Kind
+    return Kind
+
+
+def milliseconds(kind, seconds: float, stamp: int):
+    """s -> a message of `time_kind` with ms; `stamp` (ns) is that of the set where the kind has one."""
+    message = kind(data=seconds * 1e3)
+    if hasattr(message, "stamp"):
+        message.stamp = time_message(stamp)
     return message
 
 

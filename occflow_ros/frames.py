@@ -105,6 +105,18 @@ class TransformBuffer:
                         raise
                     self._condition.wait(left)
 
+    def newest(self, target: str, source: str) -> int | None:
+        """The newest stamp, ns, for which `target` <- `source` is known; None where it never is, or always."""
+        with self._condition:
+            try:
+                up_target, up_source = self._ancestors(target.lstrip("/")), self._ancestors(source.lstrip("/"))
+            except TransformError:
+                return None
+            if up_target[-1] != up_source[-1]:
+                return None
+            between = [self._edges[frame] for frame in {*up_target} ^ {*up_source}]  # what both hang under is not
+            return min((edge.stamps[-1] for edge in between if not edge.static), default=None)
+
     def _lookup(self, target: str, source: str, stamp: int) -> Tensor:
         up_target, up_source = self._ancestors(target), self._ancestors(source)
         common = next((frame for frame in up_source if frame in up_target), None)

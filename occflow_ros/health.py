@@ -4,10 +4,12 @@ Thread-safe: callbacks and the worker both report here. Times are seconds of a s
 replay rates of the ROS clock do not look like faults.
 """
 
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -41,9 +43,11 @@ class Health:
         self._drops: dict[str, Counter[str]] = {name: Counter() for name in (*self.sensors, "sets")}
         self._latest_drop: dict[str, str] = {}
         self._refused: set[str] = set()  # whose latest message was refused
+        self._doubts: dict[str, str] = {}
         self._latencies: dict[str, deque[float]] = {}
         self._counts: Counter[str] = Counter()
         self._said: dict[str, float] = {}
+        self._told: dict[str, object] = {}
         self._served: float | None = None
 
     def image(self, camera: str, now: float) -> None:
@@ -70,6 +74,16 @@ class Health:
         with self._lock:
             self._refused.add(sensor)
 
+    def explain(self, what: str, sentence: str) -> None:
+        """Why a sensor, or "sets", may be silent, where nothing was lost that could be counted."""
+        with self._lock:
+            self._latest_drop[what] = sentence
+
+    def doubted(self, sensor: str, sentence: str) -> None:
+        """A sensor works, but something about it is not as it should be, and is a warning; "" takes it back."""
+        with self._lock:
+            self._doubts[sensor] = sentence
+
     def collected(self, drops: Counter) -> None:
         """Takes over the collector's own counts, which are totals: (camera index or None, reason) -> count."""
         with self._lock:
@@ -80,6 +94,11 @@ class Health:
         """One more of: sets complete, sets partial, sets skipped, messages out, clock jumps, ..."""
         with self._lock:
             self._counts[what] += 1
+
+    def tell(self, what: str, value: object) -> None:
+        """A fact of the whole, as it is now: memory, the age of TF, whose weights, ..."""
+        with self._lock:
+            self._told[what] = value
 
     def took(self, stage: str, seconds: float) -> None:
         with self._lock:
@@ -98,6 +117,11 @@ class Health:
             self._said[key] = now
             return True
 
+    def latest(self) -> dict[str, float]:
+        """Stage -> s, what it took the last time."""
+        with self._lock:
+            return {stage: values[-1] for stage, values in self._latencies.items()}
+
     def latencies_ms(self) -> dict[str, dict[str, float]]:
         """Stage -> p50, p95, p99 in ms over the latest window."""
         with self._lock:
@@ -115,8 +139,9 @@ class Health:
         """One status for the whole, one a camera, one for the LiDAR where it is needed."""
         with self._lock:
             statuses = [self._sensor(name, now) for name in self.sensors]
-            silent = [s.name for s in statuses if s.level != OK]
-            values: dict[str, object] = {"model": self.model_name, **self._counts}
+            doubts = [self._doubts[name] for name in self.sensors if self._doubts.get(name)]
+            silent = [s.name for s in statuses if s.level != OK and s.message != self._doubts.get(s.name)]
+            values: dict[str, object] = {"model": self.model_name, **self._told, **self._counts}
             values |= {f"sets dropped: {reason}": n for reason, n in self._drops["sets"].items()}
             active = self.active
             since = None if self._served is None else now - self._served
@@ -130,6 +155,8 @@ class Health:
             level, message = ERROR, f"no output for {since:.1f} s{self._why('sets')}"
         elif silent:
             level, message = WARN, f"running without {', '.join(silent)}"
+        elif doubts:
+            level, message = WARN, "; ".join(doubts)
         else:
             level, message = OK, "running"
         return [Status("occupancy", level, message, values), *statuses]
@@ -152,7 +179,18 @@ class Health:
             return Status(name, ERROR, f"{thing}s come, none of them can be used{self._why(name)}", values)
         if name in self._refused:  # before `quiet` has passed: whoever reads this need not wait to know it
             return Status(name, WARN, f"the latest {thing} was refused{self._why(name)}", values)
+        if self._doubts.get(name):
+            return Status(name, WARN, self._doubts[name], values)
         return Status(name, OK, "running", values)
 
     def _why(self, what: str) -> str:
         return f" (latest: {self._latest_drop[what]})" if what in self._latest_drop else ""
+
+
+def resident_mb() -> float | None:
+    """Memory of this process that is in RAM, MB; None where no /proc tells it."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)

@@ -6,6 +6,7 @@ configure reads the parameters, loads and warms up the model and listens to cali
 images and starts the worker; deactivate and cleanup give back what the two took.
 """
 
+import math
 import signal
 import sys
 import threading
@@ -18,24 +19,30 @@ import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_policy_name_from_kind
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
+from std_srvs.srv import Trigger
 from visualization_msgs.msg import MarkerArray
 
 from occflow_core.runtime import Stream, load
+from occflow_core.types import NANO
 
 from . import convert, parameters
 from .assemble import Calibration, Collector, ImageSet, Mailbox, Scans, Shot, Watch
 from .convert import Refused
 from .frames import TransformBuffer
-from .health import LIDAR, Health
+from .health import LIDAR, Health, resident_mb
 from .parameters import ParameterProblem, Settings
 from .pipeline import Pipeline, Served
 
+HASH = 12  # characters of the weights' SHA-256 that are told: enough to tell files apart
+# of a set, as `Pipeline`, `Stream` and this node time them; `scans` only where there is a LiDAR
+STAGES = ("decode", "scans", "assemble", "prepare", "network", "voxels", "visibility", "convert", "publish", "total")
 POLLS = 5  # looks at the open sets within one deadline: a set leaves at most a fifth of it late
 
 
@@ -64,6 +71,8 @@ class OccupancyNode(LifecycleNode):
         self._configured, self._activated = [], []  # what to destroy at cleanup, at deactivate
         self._model = self._stream = self._collector = self._transforms = self._scans = None
         self._calibrations: list[Calibration | None] = []
+        self._sources: dict[str, str] = {}  # topic of a sensor, as remapped -> its name for `Health`
+        self._latest_set: int | None = None  # ns: the stamp of the newest set, whatever became of it
 
     # ---- lifecycle
 
@@ -110,18 +119,28 @@ class OccupancyNode(LifecycleNode):
         sweeps = self._model.system.config.sweeps
         self.health = Health(s.cameras, self._model.name, max(2.0, 3.0 / s.camera_rate), lidar=sweeps > 0)
         self.health.active = False
+        self.health.tell("trained", str(self._model.trained).lower())
+        self.health.tell("weights SHA-256", (self._model.weights or "none: random")[:HASH])
         self._transforms = TransformBuffer(jump=s.clock_jump)
         self._calibrations = [None] * len(s.cameras)
         self._out = self._offer(_message("occflow_msgs", "VoxelFlow"), "~/occupancy")
         self._out_points = self._offer(PointCloud2, "~/points")
         self._out_markers = self._offer(MarkerArray, "~/markers")
+        kind = convert.time_kind()
+        names = ["cyclic_time", "pipeline_latency"]
+        names += [f"processing_time/{stage}" for stage in STAGES if sweeps or stage != "scans"]
+        self._out_times = {name: self._offer(kind, f"~/debug/{name}_ms") for name in names}
         self._out_diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._configured.append((self.destroy_publisher, self._out_diagnostics))
         self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf", self._on_tf, QoSProfile(depth=100))
         latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf_static", self._on_tf_static, latched)
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
-            self._listen(self._configured, CameraInfo, c.info_topic, self._on_info, self._image_qos(), camera, name)
+            qos = self._image_qos()
+            self._listen(self._configured, CameraInfo, c.info_topic, self._on_info, qos, camera, name, sensor=name)
+        self._configured.append(
+            (self.destroy_service, self.create_service(Trigger, "~/reset_memory", self._on_reset_memory))
+        )
         # a steady clock: timers of the ROS clock stand still when a bag is paused or turned back
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         timer = self.create_timer(s.diagnostics_period, self._guarded(self._diagnose), clock=steady)
@@ -144,6 +163,7 @@ class OccupancyNode(LifecycleNode):
         )
         self._watches = [Watch(s.frozen_after) for _ in s.cameras]
         self._mailbox = Mailbox()
+        self._answered: float | None = None  # s, steady: when the latest set was
         sweeps = self._model.system.config.sweeps
         self._scans = Scans(s.lidar_topic, sweeps, 1.0 / s.lidar_rate, s.lidar_gap, s.clock_jump) if sweeps else None
         pipeline = Pipeline(
@@ -162,9 +182,11 @@ class OccupancyNode(LifecycleNode):
         self._worker = threading.Thread(target=self._work, args=(pipeline, self._mailbox), name="worker")
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
             kind = CompressedImage if c.compressed else Image
-            self._listen(self._activated, kind, c.image_topic, self._on_image, self._image_qos(), camera, name)
+            qos = self._image_qos()
+            self._listen(self._activated, kind, c.image_topic, self._on_image, qos, camera, name, sensor=name)
         if self._scans is not None:
-            self._listen(self._activated, PointCloud2, s.lidar_topic, self._on_cloud, self._image_qos())
+            qos = self._image_qos()
+            self._listen(self._activated, PointCloud2, s.lidar_topic, self._on_cloud, qos, sensor=LIDAR)
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._deadlines = self.create_timer(s.set_deadline / POLLS, self._guarded(self._poll), clock=steady)
         self._deadlines.cancel()
@@ -213,10 +235,19 @@ class OccupancyNode(LifecycleNode):
         self._configured.append((self.destroy_lifecycle_publisher, publisher))
         return publisher
 
-    def _listen(self, owner: list, kind, topic: str, callback: Callable, qos: QoSProfile, *arguments) -> None:
-        owner.append(
-            (self.destroy_subscription, self.create_subscription(kind, topic, self._guarded(callback, *arguments), qos))
+    def _listen(
+        self, owner: list, kind, topic: str, callback: Callable, qos: QoSProfile, *arguments, sensor: str | None = None
+    ) -> None:
+        events = None
+        if sensor is not None:
+            remapped = self.resolve_topic_name(topic)
+            self._sources[remapped] = sensor
+            unfit = self._guarded(self._on_incompatible_qos, remapped, qos, sensor)
+            events = SubscriptionEventCallbacks(incompatible_qos=unfit)
+        subscription = self.create_subscription(
+            kind, topic, self._guarded(callback, *arguments), qos, event_callbacks=events
         )
+        owner.append((self.destroy_subscription, subscription))
 
     def _guarded(self, callback: Callable, *arguments) -> Callable:
         """A callback that cannot take the node with it: what it throws is counted and said."""
@@ -269,6 +300,19 @@ class OccupancyNode(LifecycleNode):
             self.health.count("clock jumps")
             self._say("lap", "stamps went back: open sets and memory are forgotten, a new lap begins")
 
+    def _on_incompatible_qos(self, event, topic: str, ours: QoSProfile, sensor: str) -> None:
+        """A publisher that DDS does not connect to us: without a word, its topic would be silent for ever."""
+        policy = qos_policy_name_from_kind(event.last_policy_kind).lower()
+        offered = {getattr(p.qos_profile, policy, None) for p in self.get_publishers_info_by_topic(topic)}
+        theirs = " or ".join(sorted(getattr(value, "name", str(value)) for value in offered))
+        wanted = getattr(ours, policy, None)
+        sentence = (
+            f"{topic}: a publisher offers {policy} {theirs}, we ask for {getattr(wanted, 'name', wanted)}: "
+            "nothing of it will come; change its QoS, or `reliable_images`"
+        )
+        self.health.explain(sensor, sentence)
+        self._say(f"{topic} QoS", sentence)
+
     def _on_cloud(self, message: PointCloud2) -> None:
         try:
             self._scans.add(convert.cloud(message))
@@ -299,6 +343,21 @@ class OccupancyNode(LifecycleNode):
                 self.health.count("transforms refused")
                 self._say(f"tf {stamped.child_frame_id}", f"{'/tf_static' if static else '/tf'}: {refused}")
 
+    def _on_reset_memory(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """Sets that wait are dropped; the next one is of a new lap, at which the worker's stream forgets."""
+        if self._worker is None:
+            response.message = "the node is not active and remembers nothing: activate begins without memory"
+            return response
+        waiting = self._collector.poll(math.inf)
+        letter = self._mailbox.put(None)
+        for _ in range(len(waiting) + (letter is not None)):
+            self.health.dropped("sets", "memory reset")
+        self._collector.clear()
+        self.health.count("memory resets")
+        self.get_logger().info("memory reset: somebody asked for it")
+        response.success, response.message = True, "the next set is answered without memory of those before it"
+        return response
+
     def _poll(self) -> None:
         now = time.monotonic()
         self._post(self._collector.poll(now), now)
@@ -307,6 +366,7 @@ class OccupancyNode(LifecycleNode):
 
     def _post(self, sets: list[ImageSet], now: float) -> None:
         for images in sets:
+            self._latest_set = images.stamp
             self.health.count("sets complete" if images.complete else "sets partial")
             if self._mailbox.put(Letter(images, now)) is not None:
                 self.health.count("sets skipped")
@@ -314,9 +374,31 @@ class OccupancyNode(LifecycleNode):
     def _diagnose(self) -> None:
         if self._collector is not None:
             self.health.collected(self._collector.dropped)
+        for what, value in self._facts().items():
+            self.health.tell(what, value)
+        publishers = {topic: self.count_publishers(topic) for topic in self._sources}
+        for sensor in {*self._sources.values()}:
+            several = [f"{n} publishers on {t}" for t, n in publishers.items() if n > 1 and self._sources[t] == sensor]
+            self.health.doubted(sensor, ", ".join(several))
         report = self.health.report(time.monotonic())
         stamp = self.get_clock().now().nanoseconds
         self._out_diagnostics.publish(convert.diagnostics(stamp, self.get_fully_qualified_name(), report))
+
+    def _facts(self) -> dict[str, object]:
+        """What is asked anew for each message on /diagnostics."""
+        facts: dict[str, object] = {}
+        if (resident := resident_mb()) is not None:
+            facts["resident memory MB"] = resident
+        device = self._model.device
+        if device.type == "cuda":
+            facts["CUDA memory MB"] = round(torch.cuda.memory_allocated(device) / 1e6, 1)
+            facts["CUDA memory reserved MB"] = round(torch.cuda.memory_reserved(device) / 1e6, 1)
+        newest = self._transforms.newest(self.settings.fixed_frame, self.settings.base_frame)
+        if newest is None or self._latest_set is None:
+            facts["TF age s"] = "none"
+        else:  # below zero: TF is ahead of the images, as it should be
+            facts["TF age s"] = round((self._latest_set - newest) / NANO, 3)
+        return facts
 
     def _refuse(self, camera: str, topic: str, refused: Refused) -> None:
         sentence = f"{topic}: refused: {refused}"
@@ -334,9 +416,11 @@ class OccupancyNode(LifecycleNode):
         try:
             while (letter := mailbox.take()) is not None:
                 try:
+                    begin = time.perf_counter()
                     served = pipeline.serve(letter.images)
                     if served is not None:
                         self._publish(served)
+                        self.health.took("total", time.perf_counter() - begin)
                         self._served(served, letter)
                 except Exception as error:
                     self.health.dropped("sets", type(error).__name__, str(error))
@@ -353,6 +437,18 @@ class OccupancyNode(LifecycleNode):
                 self.health.used(name, now)
         if self._scans is not None:
             self.health.used(LIDAR, now)  # without a scan no set is served
+        self._publish_times(served.images.stamp, now)
+
+    def _publish_times(self, stamp: int, now: float) -> None:
+        """The times of this set, those that somebody listens to."""
+        seconds = {f"processing_time/{stage}": value for stage, value in self.health.latest().items()}
+        seconds["pipeline_latency"] = (self.get_clock().now().nanoseconds - stamp) / NANO
+        if self._answered is not None:
+            seconds["cyclic_time"] = now - self._answered
+        self._answered = now
+        for name, publisher in self._out_times.items():
+            if name in seconds and publisher.get_subscription_count():
+                publisher.publish(convert.milliseconds(publisher.msg_type, seconds[name], stamp))
 
     def _publish(self, served: Served) -> None:
         s, images, prediction = self.settings, served.images, served.prediction

@@ -1,5 +1,6 @@
 """Messages are checked before they are used; what cannot be used is refused with what came and what was expected."""
 
+import sys
 from types import SimpleNamespace
 
 import cv2
@@ -76,6 +77,8 @@ def test_the_last_row_may_lack_its_padding():
         ({"height": 1000}, "need 96000"),
         ({"height": 0}, "32 x 0 pixels"),
         ({"width": 10**6}, "1000000 x 24 pixels"),
+        ({"width": 16000, "height": 16000, "step": 48000}, "16000 x 16000 pixels, expected at most 16384 a side and"),
+        ({"height": H - 1}, "2304 bytes, but 23 rows of 96 bytes are 2208"),
     ],
 )
 def test_raw_images_that_contradict_themselves_are_refused(change, words):
@@ -308,3 +311,56 @@ def test_clouds_that_nobody_can_place_are_refused():
         with pytest.raises(Refused) as refused:
             convert.cloud(message)
         assert refused.value.reason == reason
+
+
+def test_times_are_milliseconds_with_autowares_stamp_where_its_package_is(monkeypatch):
+    pytest.importorskip("std_msgs", reason="needs ROS 2")
+    plain = convert.time_kind()
+    assert plain.__name__ == "Float64" and convert.milliseconds(plain, 0.25, 7).data == 250.0
+
+    class Float64Stamped:
+        def __init__(self, data):
+            self.data, self.stamp = data, None
+
+    for name in ("autoware_internal_debug_msgs", "autoware_internal_debug_msgs.msg"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(Float64Stamped=Float64Stamped))
+    stamped = convert.milliseconds(convert.time_kind(), 0.25, 3_000_000_007)
+    assert (stamped.data, stamped.stamp.sec, stamped.stamp.nanosec) == (250.0, 3, 7)
+
+
+def test_one_row_cannot_ask_for_gigabytes_of_padding():
+    message = raw(rgb()[:1], "rgb8", height=1)
+    message.step = 2**32 - 1
+    with pytest.raises(Refused, match="at most 65536 with padding"):
+        convert.raw_picture(message)
+
+
+@pytest.mark.parametrize("side", [8000, 65500])
+def test_a_small_jpeg_that_claims_an_enormous_picture_is_refused_by_its_header(side):
+    jpeg = bytearray(simplejpeg.encode_jpeg(rgb()))
+    start = jpeg.index(b"\xff\xc0") + 5  # SOF0: marker, length, precision, then height and width
+    jpeg[start : start + 4] = side.to_bytes(2, "big") * 2
+    with pytest.raises(Refused, match=f"{side} x {side} pixels, expected at most"):
+        convert.compressed_picture(compressed(bytes(jpeg)))
+    png = bytearray(cv2.imencode(".png", rgb())[1].tobytes())
+    png[16:24] = side.to_bytes(4, "big") * 2
+    with pytest.raises(Refused, match=f"{side} x {side} pixels, expected at most"):
+        convert.compressed_picture(compressed(bytes(png)))
+
+
+def test_more_bytes_than_a_picture_can_have_are_refused_unread(monkeypatch):
+    monkeypatch.setattr(convert, "MOST_BYTES", 100)
+    with pytest.raises(Refused, match="a compressed picture of 101 bytes, expected at most 100"):
+        convert.compressed_picture(compressed(b"\xff\xd8" + bytes(99)))
+
+
+def test_a_camera_info_with_more_coefficients_than_any_model_is_refused():
+    with pytest.raises(Refused, match="with 15 coefficients of distortion, expected at most 14"):
+        convert.calibration(info(d=[0.0] * 15), rectified=False)
+
+
+def test_a_cloud_of_more_points_than_a_lidar_sends_is_refused_before_it_is_read():
+    header = SimpleNamespace(frame_id="lidar", stamp=SimpleNamespace(sec=1, nanosec=0))
+    message = SimpleNamespace(header=header, height=4096, width=4096)  # its bytes are not even looked at
+    with pytest.raises(Refused, match="a cloud of 4096 x 4096 points, expected at most"):
+        convert.cloud(message)

@@ -118,3 +118,15 @@ def test_waiting_is_bounded(buffer):
 def test_frames_without_a_name_are_refused(buffer):
     with pytest.raises(ValueError, match="two different frames"):
         buffer.add("", "cam", 0, pose(), static=True)
+
+
+def test_a_chain_is_known_up_to_the_newest_of_its_slowest_transform(buffer):
+    assert buffer.newest("map", "cam") == buffer.newest("map", "base_link") == 11 * S
+    buffer.add("earth", "map", 10 * S + S // 2, pose(1.0), static=False)
+    assert buffer.newest("earth", "base_link") == 10 * S + S // 2
+    assert buffer.newest("map", "base_link") == 11 * S  # what joins both to the earth does not matter between them
+
+
+def test_what_is_unknown_or_static_has_no_newest(buffer):
+    for target, source in (("odom", "base_link"), ("map", "cam_left"), ("base_link", "cam"), ("map", "map")):
+        assert buffer.newest(target, source) is None

@@ -2,7 +2,9 @@
 
 from collections import Counter
 
-from occflow_ros.health import ERROR, OK, WARN, Health
+import numpy as np
+
+from occflow_ros.health import ERROR, OK, WARN, Health, resident_mb
 
 
 def running(until=10.0, cameras=("a", "b")) -> Health:
@@ -118,3 +120,43 @@ def test_a_lidar_that_is_needed_is_told_of_like_a_camera():
     assert lidar.level == ERROR and "no scan for 4.1 s" in lidar.message
     assert whole.level == ERROR and "/lidar: a set was refused" in whole.message
     assert whole.values["sets dropped: no LiDAR scan"] == 1
+
+
+def test_facts_of_the_whole_stand_beside_its_counts_and_the_newest_holds():
+    health = Health(["a"], "net")
+    health.tell("TF age s", 0.1)
+    health.tell("TF age s", 0.3)
+    health.count("sets complete")
+    whole, camera = health.report(0.0)
+    assert whole.values == {"model": "net", "TF age s": 0.3, "sets complete": 1} and "TF age s" not in camera.values
+
+
+def test_resident_memory_grows_by_what_is_taken_and_touched():
+    before = resident_mb()
+    taken = np.ones(100_000_000, np.uint8)
+    assert 90 < resident_mb() - before < 130 and taken[0]
+
+
+def test_the_latest_of_each_stage_is_this_sets():
+    health = Health(["a"], "net")
+    for stage, seconds in (("decode", 0.1), ("network", 0.5), ("decode", 0.2)):
+        health.took(stage, seconds)
+    assert health.latest() == {"decode": 0.2, "network": 0.5}
+
+
+def test_a_sensor_that_is_doubted_warns_while_it_runs_and_is_not_called_missing():
+    health = running()
+    health.doubted("a", "2 publishers on /a/image")
+    assert level(health, 10.0) == {"occupancy": WARN, "a": WARN, "b": OK}
+    whole, camera, _ = health.report(10.0)
+    assert whole.message == camera.message == "2 publishers on /a/image"
+    assert level(health, 15.0)["a"] == ERROR  # silence is worse
+    health.doubted("a", "")
+    assert level(health, 10.0) == {"occupancy": OK, "a": OK, "b": OK}
+
+
+def test_an_explanation_is_shown_and_counts_nothing():
+    health = Health(["a"], "net")
+    health.explain("a", "/a: a publisher offers reliability BEST_EFFORT, we ask for RELIABLE")
+    camera = health.report(0.0)[1]
+    assert "no image yet (latest: /a: a publisher offers" in camera.message and camera.values == {}

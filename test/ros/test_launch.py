@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "launch" / "occflow.launch.py"
 VIEW = ROOT / "rviz" / "occflow.rviz"
 CONFIG = ROOT / "config" / "occflow.yaml"
-ARGUMENTS = ["params", "bag", "rate", "rviz", "use_sim_time"]
+POLICY = ROOT / "config" / "sros2" / "policy.xml"
+ARGUMENTS = ["params", "bag", "rate", "rviz", "respawn", "use_sim_time"]
 
 
 # ----------------------------------------------------------------------------------------------- ROS's launch, stood in
@@ -158,7 +159,7 @@ def test_a_file_that_is_not_there_is_named_before_anything_starts(launched, name
         launched(**{name: "/no/such/thing"})
 
 
-@pytest.mark.parametrize("name", ["rviz", "use_sim_time"])
+@pytest.mark.parametrize("name", ["rviz", "respawn", "use_sim_time"])
 def test_a_yes_or_no_that_is_neither_is_named(launched, name):
     with pytest.raises(ValueError, match=rf"^{name}:=perhaps: expected true or false$"):
         launched(**{name: "perhaps"})
@@ -180,6 +181,14 @@ def test_a_node_or_replay_that_fails_ends_the_launch_and_one_that_ends_well_does
             process.on_exit(SimpleNamespace(returncode=2, process_name=name), running)
 
 
+def test_a_node_that_ends_is_started_anew_where_asked_and_only_the_node(launched, bag):
+    assert not hasattr(launched()["node"], "respawn")
+    started = launched(respawn="true", bag=bag)
+    assert started["node"].respawn is True and started["node"].respawn_delay >= 1.0
+    assert not hasattr(started["node"], "on_exit")  # it would end the launch before the node comes back
+    assert not hasattr(started["replay"], "respawn") and started["replay"].on_exit
+
+
 def test_everything_that_the_launch_file_names_is_installed(launched, bag, monkeypatch):
     pytest.importorskip("setuptools")
     import setuptools
@@ -189,7 +198,7 @@ def test_everything_that_the_launch_file_names_is_installed(launched, bag, monke
     monkeypatch.setattr(setuptools, "setup", lambda **named: told.update(named))
     runpy.run_path("setup.py")
     installed = {f"{folder}/{Path(file).name}": ROOT / file for folder, files in told["data_files"] for file in files}
-    for file in (FILE, VIEW, CONFIG):
+    for file in (FILE, VIEW, CONFIG, POLICY):
         assert installed[f"share/occflow_ros/{file.relative_to(ROOT)}"] == file and file.is_file()
     ours = [node for node in launched(bag=bag, rviz="true").values() if node.package == "occflow_ros"]
     assert [node.executable for node in ours] == ["node", "replay"]

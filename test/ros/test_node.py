@@ -17,6 +17,7 @@ from occflow_core.data import pattern
 from occflow_core.data.bag import write_bag
 from occflow_core.data.drives import write_scene_bag
 from occflow_core.geometry import OCC3D_GRID
+from occflow_core.runtime import load
 from occflow_core.types import NANO
 from occflow_core.voxelflow import NO_IMAGE, unpack
 
@@ -76,6 +77,9 @@ def test_four_recorded_sets_give_four_messages_that_say_which_cameras_they_saw(t
     assert recording.node_exit == 0
     sets = "sets complete" if without is None else "sets partial"
     assert recording.counts()[sets] == "4"
+    told = recording.counts()
+    assert told["trained"] == "true" and load().weights.startswith(told["weights SHA-256"])
+    assert float(told["resident memory MB"]) > 100 and abs(float(told["TF age s"])) < 1.0
     sent = {name.lower(): i for i, name in enumerate(names)}
     for message, frame in zip(messages, scene0103("newest").frames, strict=True):
         assert message.header.frame_id == "base_link"
