@@ -146,6 +146,27 @@ def test_what_is_broken_is_refused_by_name_and_the_rest_goes_on(tmp_path):
     assert "no image yet" in told["cam_back_right"]["message"]
 
 
+def test_a_frozen_camera_is_said_and_masked_and_the_rest_goes_on(tmp_path):
+    """The stamps of one camera run on, its picture stands still after the first."""
+    import simplejpeg
+
+    frames, jpegs = list(pattern.drive(8, rate=4.0, height=180, width=320)), []
+    for frame in frames:
+        files = [simplejpeg.encode_jpeg(image.permute(1, 2, 0).contiguous().numpy()) for image in frame.images]
+        jpegs.append([jpegs[0][0], *files[1:]] if jpegs else files)
+    bag, frozen = tmp_path / "bag", frames[0].names[0].lower()
+    write_bag(bag, frames, pattern.rig(180, 320), jpegs, progress=False)
+    parameters = config(tmp_path, camera_rate=4.0, set_deadline=0.4)
+    recording = drive(bag, parameters, rate=0.3, start_within=60.0)
+    messages = said(recording)
+    assert len(messages) == 8, recording.log
+    bit = 1 << list(messages[0].cameras).index(frozen)
+    assert [m.cameras_used for m in messages[:1] + messages[2:]] == [0b111111] + [0b111111 & ~bit] * 6
+    assert f"/{frozen}/image_raw/compressed: refused: the camera is frozen: the picture of" in recording.log
+    told = recording.cameras()[frozen]
+    assert int(told["dropped: frozen: same picture"]) >= 6 and "frozen" in told["message"]
+
+
 def test_without_ego_motion_nothing_is_published_and_the_reason_is_said(tmp_path):
     bag = tmp_path / "bag"
     write_bag(bag, pattern.drive(6, rate=4.0, height=180, width=320), pattern.rig(180, 320), progress=False)
