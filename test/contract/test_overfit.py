@@ -35,7 +35,7 @@ EASY = {
         "faint": 0.3,
     },
 }
-STEPS = {"opus": 280, "sparseocc4d": 120}
+STEPS = {"opus": 280, "sparseocc4d": 200}
 
 
 @pytest.fixture(scope="module")
