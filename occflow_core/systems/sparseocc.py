@@ -101,14 +101,12 @@ class Config:
     channels: int = 256  # of the pyramid, of a voxel and of a query
     groups: int = 4  # channel groups that look at places of their own
     heads: int = 8  # of the attention among voxels and among queries
-    mixed: int = (
-        128  # points that a query's sampled ones are mixed into; a voxel's stay as many as `groups` times theirs
-    )
+    mixed: int = 128  # points that a query's sampled ones are mixed into; of a voxel: `groups` times as many as sampled
     hidden: int = 512  # channels inside the feed-forward block of a query; a voxel's has twice its own
     frames: int = 8  # times of a window, `nn.instants.SPACING` apart
     dropout: float = 0.1  # in training, of what voxels say to each other and of feed-forward blocks
     threshold: float = 0.3  # a query whose best class scores less says nothing
-    faint: float = 0.01  # a voxel of which masks together say less is free; where panoptic, segments decide instead
+    faint: float = 0.01  # a voxel of which masks together say less is free; if panoptic, segments decide instead
     panoptic: bool = False  # whether masks are of single things, and predictions tell which
     flow: int = 0  # scales that predict flow, counted from the finest; 0: none
     filled_weight: float = 1.0  # of being filled or free: v1.0's binary cross-entropy, v1.1's geometric affinity
