@@ -1,0 +1,300 @@
+"""A network of settable delay and a car of settable faults: the whole node, real DDS, and no model.
+
+In one process: a `Stage` has the node, the car and one who listens. As a process of its own, `python test/ros/fake.py
+--ros-args ...` is the node with the stand-in network, which waits $FAKE_DELAY seconds for each set.
+"""
+
+import os
+import sys
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import cache
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from occflow_core.geometry import OCC3D_GRID, Grid, rigid
+from occflow_core.runtime.load import Model
+from occflow_core.types import NANO, OPENOCC, Classes, Prediction
+
+CAMERAS = ("cam_front", "cam_front_right", "cam_front_left", "cam_back", "cam_back_left", "cam_back_right")
+YAW = dict(zip(CAMERAS, (0.0, -55.0, 55.0, 180.0, 110.0, -110.0), strict=True))  # degrees from ahead
+BEGIN = 1_700_000_000 * NANO  # ns
+HEIGHT, WIDTH, FOCAL = 90, 160, 100.0  # pixels: 77 degrees wide, so neighbours overlap a little
+SPEED = 10.0  # m/s, of the car
+PICTURES = 16  # different ones a camera has
+
+
+# ---- the network
+
+
+@dataclass(frozen=True)
+class Config:
+    height: int = 64
+    width: int = 112
+    grid: Grid = OCC3D_GRID
+    classes: Classes = OPENOCC
+    sweeps: int = 0
+    as_published: bool = False
+    panoptic: bool = False
+
+
+class Network(nn.Module):
+    """Says one filled voxel more with each step of a drive, along the lowest row of a corner of the grid: how long its
+    memory is can be counted in the message, and almost everything that a camera sees is free."""
+
+    def __init__(self, delay: float = 0.0, grid: Grid = OCC3D_GRID):
+        super().__init__()
+        self.config, self.delay = Config(grid=grid), delay
+        self.nothing = nn.Parameter(torch.zeros(1))
+        self.failures: deque[Exception] = deque()  # what the next steps raise
+        self.spoilt = 0  # how many of the next steps say NaN
+        self.used: list[list[bool]] = []  # the cameras of every step
+
+    def forward(self, clip, memory):
+        time.sleep(self.delay)  # as a GPU does: other threads go on
+        self.used.append(clip.used[0, 0].tolist())
+        if self.failures:
+            raise self.failures.popleft()
+        steps = 0 if bool(clip.fresh) else memory + 1
+        output = torch.full((1,), float(steps))
+        if self.spoilt:
+            self.spoilt -= 1
+            output[:] = float("nan")
+        return output, steps
+
+    def decode(self, output):
+        grid, classes = self.config.grid, self.config.classes
+        labels = torch.full(grid.shape, classes.free, dtype=torch.uint8)
+        labels[: 1 + int(output), 0, 0] = classes.id("terrain")
+        filled = labels != classes.free
+        return [Prediction(grid, classes, labels, filled.float(), torch.zeros(*grid.shape, 2))]
+
+
+def model(network: Network) -> Model:
+    return Model(network.eval(), "fake", True, "fast", "f" * 64)
+
+
+# ---- the car
+
+
+@cache
+def _jpegs(camera: str) -> list[array]:
+    """Noise: no two pictures are the same."""
+    random = np.random.default_rng(sum(camera.encode()))
+    pictures = random.integers(0, 255, (PICTURES, HEIGHT, WIDTH, 3), np.uint8)
+    return [array("B", cv2.imencode(".jpg", picture)[1].tobytes()) for picture in pictures]
+
+
+class Car:
+    """Drives straight on along x of the map. Publishes what it is told to, when it is told to."""
+
+    def __init__(self, context, names: Collection[str] = CAMERAS):
+        import rclpy
+        from geometry_msgs.msg import TransformStamped
+        from rclpy.qos import DurabilityPolicy, QoSProfile
+        from rosgraph_msgs.msg import Clock
+        from sensor_msgs.msg import CameraInfo, CompressedImage
+        from tf2_msgs.msg import TFMessage
+
+        self.names, self.sent = tuple(names), 0
+        self.node = rclpy.create_node("car", context=context)
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        self.clock = self.node.create_publisher(Clock, "/clock", 10)
+        self.tf = self.node.create_publisher(TFMessage, "/tf", 100)
+        self.tf_static = self.node.create_publisher(TFMessage, "/tf_static", latched)
+        self.images = {n: self.node.create_publisher(CompressedImage, f"/{n}/image_raw/compressed", 5) for n in names}
+        self.infos = {n: self.node.create_publisher(CameraInfo, f"/{n}/camera_info", 5) for n in names}
+        self._transform, self._transforms = TransformStamped, TFMessage
+        self._clock, self._image, self._info = Clock, CompressedImage, CameraInfo
+
+    def mount(self, shift: float = 0.0) -> None:
+        """Where the cameras are, on /tf_static; `shift` m higher than usual."""
+        self.tf_static.publish(
+            self._transforms(
+                transforms=[
+                    self._stamped("base_link", f"{name}_optical_frame", BEGIN, mounting(name, shift))
+                    for name in self.names
+                ]
+            )
+        )
+
+    def tick(self, stamp: int) -> None:
+        message = self._clock()
+        message.clock.sec, message.clock.nanosec = divmod(stamp, NANO)
+        self.clock.publish(message)
+
+    def move(self, stamp: int) -> None:
+        """Where the car is at a stamp."""
+        pose = torch.eye(4, dtype=torch.float64)
+        pose[0, 3] = SPEED * (stamp - BEGIN) / NANO
+        self.tf.publish(self._transforms(transforms=[self._stamped("map", "base_link", stamp, pose)]))
+
+    def info(self, name: str, **changes) -> None:
+        message = self._info(height=HEIGHT, width=WIDTH, distortion_model="plumb_bob", d=[0.0] * 5)
+        message.header.frame_id = f"{name}_optical_frame"
+        message.k = [FOCAL, 0.0, WIDTH / 2, 0.0, FOCAL, HEIGHT / 2, 0.0, 0.0, 1.0]
+        message.r = np.eye(3).ravel()
+        message.p = [FOCAL, 0.0, WIDTH / 2, 0.0, 0.0, FOCAL, HEIGHT / 2, 0.0, 0.0, 0.0, 1.0, 0.0]
+        for key, value in changes.items():
+            setattr(message, key, value)
+        self.infos[name].publish(message)
+
+    def shoot(self, name: str, stamp: int, data: array | None = None) -> None:
+        """One image of one camera, by default a new one."""
+        message = self._image(format="jpeg")
+        message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp, NANO)
+        message.header.frame_id = f"{name}_optical_frame"
+        self.sent += 1
+        message.data = _jpegs(name)[self.sent % PICTURES] if data is None else data
+        self.images[name].publish(message)
+
+    def sweep(self, stamp: int, without: Collection[str] = ()) -> None:
+        """All cameras at one stamp, and the car's place there; the clock is not later than the images."""
+        self.tick(stamp)
+        self.move(stamp)
+        for name in self.names:
+            if name not in without:
+                self.shoot(name, stamp)
+
+    def _stamped(self, parent: str, child: str, stamp: int, pose):
+        message = self._transform(child_frame_id=child)
+        message.header.frame_id = parent
+        message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp, NANO)
+        t, q = message.transform.translation, message.transform.rotation
+        (q.w, q.x, q.y, q.z), (t.x, t.y, t.z) = rigid.to_quaternion(pose)
+        return message
+
+
+def mounting(name: str, shift: float = 0.0):
+    """base_from_camera of a camera of CAMERAS, or ahead for another name."""
+    half = np.deg2rad(YAW.get(name, 0.0)) / 2
+    body_from_optical = rigid.from_quaternion([0.5, -0.5, 0.5, -0.5], [0.0, 0.0, 0.0])
+    place = (np.cos(2 * half), np.sin(2 * half), 1.5 + shift)
+    return rigid.from_quaternion([np.cos(half), 0.0, 0.0, np.sin(half)], place) @ body_from_optical
+
+
+# ---- both, and one who listens
+
+
+@dataclass
+class Heard:
+    messages: list = field(default_factory=list)  # VoxelFlow
+    diagnostics: list = field(default_factory=list)  # DiagnosticArray
+
+    @property
+    def stamps(self) -> list[int]:
+        return [m.header.stamp.sec * NANO + m.header.stamp.nanosec for m in self.messages]
+
+
+class Stage:
+    """The node with a stand-in network, the car, and one who listens, in one process, spun by hand. The ROS clock is
+    the car's."""
+
+    def __init__(self, patch, domain: int, network: Network | None = None, names=CAMERAS, **parameters):
+        import rclpy
+        from diagnostic_msgs.msg import DiagnosticArray
+        from occflow_msgs.msg import VoxelFlow
+        from rclpy.parameter import Parameter
+
+        from occflow_ros import node
+
+        patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+        self.network = network or Network()
+        patch.setattr(node, "load", lambda *_, **__: model(self.network))
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context, domain_id=domain)
+        values = {"use_sim_time": True, "cameras": list(names), "set_deadline": 0.1, "diagnostics_period": 0.1}
+        values |= parameters
+        self.node = node.OccupancyNode(
+            context=self.context, parameter_overrides=[Parameter(k, value=v) for k, v in values.items()]
+        )
+        self.car, self.listener, self.heard = Car(self.context, names), None, Heard()
+        self.listener = rclpy.create_node("listener", context=self.context)
+        self.listener.create_subscription(VoxelFlow, "/occflow/occupancy", self.heard.messages.append, 100)
+        self.listener.create_subscription(DiagnosticArray, "/diagnostics", self.heard.diagnostics.append, 100)
+        self.executor = rclpy.executors.SingleThreadedExecutor(context=self.context)
+        for each in (self.node, self.car.node, self.listener):
+            self.executor.add_node(each)
+        self.stamp = BEGIN
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def start(self) -> "Stage":
+        """configure, activate, and everything connected and told that the car tells once."""
+        from rclpy.lifecycle import TransitionCallbackReturn as Result
+
+        assert self.node.trigger_configure() == Result.SUCCESS
+        assert self.node.trigger_activate() == Result.SUCCESS
+        self.connected()
+        self.car.mount()
+        for name in self.car.names:
+            self.car.info(name)
+        self.until(lambda: all(self.node._calibrations))
+        return self
+
+    def connected(self) -> None:
+        publishers = [*self.car.images.values(), *self.car.infos.values(), self.car.tf, self.car.tf_static]
+        self.until(
+            lambda: all(p.get_subscription_count() for p in publishers) and self.car.clock.get_subscription_count()
+        )
+        self.until(lambda: self.node._out.get_subscription_count())
+
+    def until(self, holds: Callable, seconds: float = 20.0):
+        end = time.monotonic() + seconds
+        while not (value := holds()) and time.monotonic() < end:
+            self.executor.spin_once(timeout_sec=0.02)
+        assert value, f"not within {seconds} s"
+        return value
+
+    def spin(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.executor.spin_once(timeout_sec=left)
+
+    def drive(self, sweeps: int, period: float = 0.1, pace: float | None = None, without: Collection[str] = ()) -> None:
+        """That many sweeps, `period` s apart by their stamps and `pace` s (by default as much) apart in time."""
+        pace = period if pace is None else pace
+        due = time.monotonic()
+        for _ in range(sweeps):
+            self.stamp += round(period * NANO)
+            self.car.sweep(self.stamp, without)
+            due += pace
+            self.spin(max(0.0, due - time.monotonic()))
+
+    def status(self, name: str = "occupancy"):
+        """Of the newest report: level, message, values of one status."""
+        for status in self.heard.diagnostics[-1].status:
+            if status.name.endswith(name):
+                return int.from_bytes(status.level, "little"), status.message, {v.key: v.value for v in status.values}
+        raise KeyError(name)
+
+    def close(self) -> None:
+        import rclpy
+
+        self.node.close()
+        self.executor.shutdown()
+        for each in (self.node, self.car.node, self.listener):
+            each.destroy_node()
+        rclpy.try_shutdown(context=self.context)
+
+
+def main() -> int:
+    from occflow_ros import node
+
+    network = Network(float(os.environ.get("FAKE_DELAY", "0")))
+    node.load = lambda *_, **__: model(network)
+    return node.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
