@@ -105,6 +105,14 @@ class TransformBuffer:
                         raise
                     self._condition.wait(left)
 
+    def joined(self, target: str, source: str) -> bool:
+        """Does TF know both frames and what lies between them, at whatever time?"""
+        with self._condition:
+            try:
+                return self._ancestors(target.lstrip("/"))[-1] == self._ancestors(source.lstrip("/"))[-1]
+            except TransformError:
+                return False
+
     def newest(self, target: str, source: str) -> int | None:
         """The newest stamp, ns, for which `target` <- `source` is known; None where it never is, or always."""
         with self._condition:

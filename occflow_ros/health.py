@@ -49,6 +49,8 @@ class Health:
         self._said: dict[str, float] = {}
         self._told: dict[str, object] = {}
         self._served: float | None = None
+        self._idle: float | None = None
+        self._failure = ""
 
     def image(self, camera: str, now: float) -> None:
         """An image of a camera, or a scan of the LiDAR, came and can be used as far as anybody knows."""
@@ -109,6 +111,17 @@ class Health:
             self._counts["messages out"] += 1
             self._served = now
 
+    def idle(self, now: float) -> None:
+        """A set came that nobody would have heard the answer of."""
+        with self._lock:
+            self._counts["sets nobody listened to"] += 1
+            self._idle = now
+
+    def fail(self, sentence: str) -> None:
+        """What the node cannot go on with."""
+        with self._lock:
+            self._failure = sentence
+
     def may_say(self, key: str, now: float, every: float = 5.0) -> bool:
         """Throttle for log lines: true once per `every` seconds for a key."""
         with self._lock:
@@ -144,10 +157,14 @@ class Health:
             values: dict[str, object] = {"model": self.model_name, **self._told, **self._counts}
             values |= {f"sets dropped: {reason}": n for reason, n in self._drops["sets"].items()}
             active = self.active
-            since = None if self._served is None else now - self._served
+            done = max((t for t in (self._served, self._idle) if t is not None), default=None)
+            since, idle = None if done is None else now - done, done is not None and done == self._idle
+            failure = self._failure
         for stage, percentiles in self.latencies_ms().items():
             values |= {f"{stage} {p} ms": value for p, value in percentiles.items()}
-        if not active:
+        if failure:
+            level, message = ERROR, failure
+        elif not active:
             level, message = OK, "inactive"
         elif since is None:
             level, message = WARN, f"no output yet{self._why('sets')}"
@@ -158,7 +175,7 @@ class Health:
         elif doubts:
             level, message = WARN, "; ".join(doubts)
         else:
-            level, message = OK, "running"
+            level, message = OK, "idle: nobody listens" if idle else "running"
         return [Status("occupancy", level, message, values), *statuses]
 
     def _sensor(self, name: str, now: float) -> Status:

@@ -6,6 +6,7 @@ configure reads the parameters, loads and warms up the model and listens to cali
 images and starts the worker; deactivate and cleanup give back what the two took.
 """
 
+import gc
 import math
 import signal
 import sys
@@ -17,13 +18,22 @@ from dataclasses import dataclass
 import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.msg import State
 from rcl_interfaces.msg import SetParametersResult
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
+from rclpy.duration import Duration
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_policy_name_from_kind
+from rclpy.qos import (
+    DurabilityPolicy,
+    LivelinessPolicy,
+    QoSProfile,
+    ReliabilityPolicy,
+    qos_policy_name_from_kind,
+)
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from std_srvs.srv import Trigger
@@ -44,6 +54,13 @@ HASH = 12  # characters of the weights' SHA-256 that are told: enough to tell fi
 # of a set, as `Pipeline`, `Stream` and this node time them; `scans` only where there is a LiDAR
 STAGES = ("decode", "scans", "assemble", "prepare", "network", "voxels", "visibility", "convert", "publish", "total")
 POLLS = 5  # looks at the open sets within one deadline: a set leaves at most a fifth of it late
+BEAT, LEASE = 0.25, 1.0  # s between two heartbeats, by the steady clock; s without one after which DDS tells who asks
+STUCK = 10.0  # s that one set may take: hundreds of times the usual; a worker that hangs has no heartbeat
+RETRY = 1.0  # s between two attempts to activate, where `autostart` and `startup_wait` ask for what is not there yet
+
+
+class NotReady(RuntimeError):
+    """What activation was told to wait for did not come; the text names it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,11 @@ class OccupancyNode(LifecycleNode):
         self.add_on_set_parameters_callback(self._on_set_parameters)
         self.settings: Settings | None = None
         self.health: Health | None = None
+        self.failure: str | None = None  # what the node cannot go on with: whoever spins it ends the process
+        self.waiting = False  # whether the last activation failed for what may still come
         self._worker: threading.Thread | None = None
+        # calibration, TF and the heartbeat go on while an activation waits for them
+        self._known = MutuallyExclusiveCallbackGroup()
         self._reset()
 
     def _reset(self) -> None:
@@ -73,6 +94,7 @@ class OccupancyNode(LifecycleNode):
         self._calibrations: list[Calibration | None] = []
         self._sources: dict[str, str] = {}  # topic of a sensor, as remapped -> its name for `Health`
         self._latest_set: int | None = None  # ns: the stamp of the newest set, whatever became of it
+        self._busy: float | None = None  # s, steady: since when the worker has been at one set
 
     # ---- lifecycle
 
@@ -91,12 +113,16 @@ class OccupancyNode(LifecycleNode):
             self._activate()
             return super().on_activate(state)  # opens the lifecycle publishers
         except Exception as problem:
+            self.waiting = isinstance(problem, NotReady)
             self.get_logger().error(f"activate failed: {problem}")
             self._stop()
             return TransitionCallbackReturn.FAILURE
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._stop()
+        if self._stream is not None:
+            self._stream.forget()  # what was remembered takes memory, and is of no use after a break
+        _free()
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -113,9 +139,7 @@ class OccupancyNode(LifecycleNode):
         self.settings = s = parameters.read(self)
         if s.threads:
             torch.set_num_threads(s.threads)
-        self._model = load(s.model, s.weights or None, device=_device(s.device))
-        self._stream = Stream(self._model, longest_gap=s.longest_gap)
-        self._stream.warm_up(s.cameras)
+        self._load()
         sweeps = self._model.system.config.sweeps
         self.health = Health(s.cameras, self._model.name, max(2.0, 3.0 / s.camera_rate), lidar=sweeps > 0)
         self.health.active = False
@@ -132,12 +156,17 @@ class OccupancyNode(LifecycleNode):
         self._out_times = {name: self._offer(kind, f"~/debug/{name}_ms") for name in names}
         self._out_diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._configured.append((self.destroy_publisher, self._out_diagnostics))
-        self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf", self._on_tf, QoSProfile(depth=100))
-        latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-        self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf_static", self._on_tf_static, latched)
+        known = {"group": self._known}
+        tf, latched = QoSProfile(depth=100), QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf", self._on_tf, tf, **known)
+        self._listen(
+            self._configured, _message("tf2_msgs", "TFMessage"), "/tf_static", self._on_tf_static, latched, **known
+        )
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
             qos = self._image_qos()
-            self._listen(self._configured, CameraInfo, c.info_topic, self._on_info, qos, camera, name, sensor=name)
+            self._listen(
+                self._configured, CameraInfo, c.info_topic, self._on_info, qos, camera, name, sensor=name, **known
+            )
         self._configured.append(
             (self.destroy_service, self.create_service(Trigger, "~/reset_memory", self._on_reset_memory))
         )
@@ -145,12 +174,30 @@ class OccupancyNode(LifecycleNode):
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         timer = self.create_timer(s.diagnostics_period, self._guarded(self._diagnose), clock=steady)
         self._configured.append((self.destroy_timer, timer))
+        beats = QoSProfile(
+            depth=1,
+            deadline=Duration(seconds=LEASE),
+            liveliness=LivelinessPolicy.MANUAL_BY_TOPIC,
+            liveliness_lease_duration=Duration(seconds=LEASE),
+        )
+        self._out_heartbeat = self.create_publisher(State, "~/heartbeat", beats)
+        self._configured.append((self.destroy_publisher, self._out_heartbeat))
+        timer = self.create_timer(BEAT, self._guarded(self._beat), clock=steady, callback_group=self._known)
+        self._configured.append((self.destroy_timer, timer))
         self.get_logger().info(f"configured: {self._model.name} on {self._model.device}, {len(s.cameras)} cameras")
         if not self._model.trained:
             self.get_logger().warning(f"{self._model.name}: random weights, what is published means nothing")
 
+    def _load(self) -> None:
+        """The model, warm: what can fail for want of memory fails here, not at the first set."""
+        s = self.settings
+        self._model = load(s.model, s.weights or None, device=_device(s.device))
+        self._stream = Stream(self._model, longest_gap=s.longest_gap)
+        self._stream.warm_up(s.cameras)
+
     def _activate(self) -> None:
         s = self.settings
+        self._await_known(s.startup_wait)
         self._stream.forget()
         self._collector = Collector(
             len(s.cameras),
@@ -179,6 +226,8 @@ class OccupancyNode(LifecycleNode):
             self._say,
             self._scans,
         )
+        self.failure, self._busy = None, None
+        self.health.fail("")
         self._worker = threading.Thread(target=self._work, args=(pipeline, self._mailbox), name="worker")
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
             kind = CompressedImage if c.compressed else Image
@@ -196,9 +245,45 @@ class OccupancyNode(LifecycleNode):
         scans = "" if self._scans is None else f", for scans on {s.lidar_topic}"
         self.get_logger().info(f"active: waiting for images on {', '.join(c.image_topic for c in s.camera)}{scans}")
 
+    def _await_known(self, seconds: float) -> None:
+        """Until `min_cameras` cameras have their CameraInfo and transforms, at most `seconds` s; 0 asks for nothing.
+
+        NotReady names what is not there. The executor that runs this transition cannot hear calibration and TF
+        meanwhile: one of our own does.
+        """
+        until, missing = time.monotonic() + seconds, self._unknown() if seconds else []
+        if not missing:
+            return
+        ours, theirs = SingleThreadedExecutor(context=self.context), self.executor
+        ours.add_node(self)
+        try:
+            while (missing := self._unknown()) and (left := until - time.monotonic()) > 0:
+                ours.spin_once(timeout_sec=min(left, 0.1))
+        finally:
+            ours.remove_node(self)
+            ours.shutdown()
+            if theirs is not None:
+                theirs.add_node(self)
+        if missing:
+            raise NotReady(f"after {seconds:g} s still without {'; '.join(missing)}")
+
+    def _unknown(self) -> list[str]:
+        """What is missing before a set can be answered: a phrase a camera, or one for the car; none if nothing is."""
+        s, missing = self.settings, []
+        for known, c in zip(self._calibrations, s.camera, strict=True):
+            if known is None:
+                missing.append(f"CameraInfo on {c.info_topic}")
+            elif not self._transforms.joined(s.base_frame, known.optical_frame):
+                missing.append(f"a transform {s.base_frame} <- {known.optical_frame}")
+        if len(s.cameras) - len(missing) >= s.min_cameras:
+            missing = []
+        if not self._transforms.joined(s.fixed_frame, s.base_frame):
+            missing.append(f"a transform {s.fixed_frame} <- {s.base_frame}")
+        return missing
+
     def _on_set_parameters(self, changes: list[Parameter]) -> SetParametersResult:
         """Parameters are read at configure: a change that would change nothing is refused, with the way to do it."""
-        if self._model is None or all(change.name == "use_sim_time" for change in changes):
+        if not self._configured or all(change.name == "use_sim_time" for change in changes):
             return SetParametersResult(successful=True)
         return SetParametersResult(successful=False, reason="read at configure: deactivate and cleanup first")
 
@@ -218,6 +303,7 @@ class OccupancyNode(LifecycleNode):
         self._stop()
         self._destroy(self._configured)
         self._reset()
+        _free()
 
     def _destroy(self, things: list) -> None:
         for destroy, thing in things:
@@ -231,12 +317,20 @@ class OccupancyNode(LifecycleNode):
     # ---- callbacks: they check, sort and leave; none of them decodes or thinks
 
     def _offer(self, kind, topic: str):
-        publisher = self.create_lifecycle_publisher(kind, topic, 1)
+        publisher = self.create_lifecycle_publisher(kind, topic, _qos(1, self.settings.reliable_output))
         self._configured.append((self.destroy_lifecycle_publisher, publisher))
         return publisher
 
     def _listen(
-        self, owner: list, kind, topic: str, callback: Callable, qos: QoSProfile, *arguments, sensor: str | None = None
+        self,
+        owner: list,
+        kind,
+        topic: str,
+        callback: Callable,
+        qos: QoSProfile,
+        *arguments,
+        sensor: str | None = None,
+        group: MutuallyExclusiveCallbackGroup | None = None,
     ) -> None:
         events = None
         if sensor is not None:
@@ -245,7 +339,7 @@ class OccupancyNode(LifecycleNode):
             unfit = self._guarded(self._on_incompatible_qos, remapped, qos, sensor)
             events = SubscriptionEventCallbacks(incompatible_qos=unfit)
         subscription = self.create_subscription(
-            kind, topic, self._guarded(callback, *arguments), qos, event_callbacks=events
+            kind, topic, self._guarded(callback, *arguments), qos, callback_group=group, event_callbacks=events
         )
         owner.append((self.destroy_subscription, subscription))
 
@@ -262,10 +356,7 @@ class OccupancyNode(LifecycleNode):
         return call
 
     def _image_qos(self) -> QoSProfile:
-        reliable = self.settings.reliable_images
-        return QoSProfile(
-            depth=2, reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
-        )
+        return _qos(self.settings.image_depth, self.settings.reliable_images)
 
     def _on_image(self, message: Image | CompressedImage, camera: int, name: str) -> None:
         settings, now = self.settings.camera[camera], time.monotonic()
@@ -372,6 +463,8 @@ class OccupancyNode(LifecycleNode):
                 self.health.count("sets skipped")
 
     def _diagnose(self) -> None:
+        if self.failure is not None and self._worker is not None:
+            self.trigger_deactivate()
         if self._collector is not None:
             self.health.collected(self._collector.dropped)
         for what, value in self._facts().items():
@@ -384,13 +477,22 @@ class OccupancyNode(LifecycleNode):
         stamp = self.get_clock().now().nanoseconds
         self._out_diagnostics.publish(convert.diagnostics(stamp, self.get_fully_qualified_name(), report))
 
+    def _beat(self) -> None:
+        """Alive: the executor, since it came here, and the worker. The message is the node's lifecycle state."""
+        busy = self._busy
+        if busy is not None and time.monotonic() - busy > STUCK:
+            self._say("stuck", f"the worker has been at one set for {time.monotonic() - busy:.0f} s: no heartbeat")
+            return
+        number, label = self._state_machine.current_state
+        self._out_heartbeat.publish(State(id=number, label=label))
+
     def _facts(self) -> dict[str, object]:
         """What is asked anew for each message on /diagnostics."""
         facts: dict[str, object] = {}
         if (resident := resident_mb()) is not None:
             facts["resident memory MB"] = resident
-        device = self._model.device
-        if device.type == "cuda":
+        device = None if self._model is None else self._model.device  # None: it is being made anew
+        if device is not None and device.type == "cuda":
             facts["CUDA memory MB"] = round(torch.cuda.memory_allocated(device) / 1e6, 1)
             facts["CUDA memory reserved MB"] = round(torch.cuda.memory_reserved(device) / 1e6, 1)
         newest = self._transforms.newest(self.settings.fixed_frame, self.settings.base_frame)
@@ -414,29 +516,71 @@ class OccupancyNode(LifecycleNode):
 
     def _work(self, pipeline: Pipeline, mailbox: Mailbox) -> None:
         try:
-            while (letter := mailbox.take()) is not None:
+            while self.failure is None and (letter := mailbox.take()) is not None:
+                self._busy = time.monotonic()
                 try:
-                    begin = time.perf_counter()
-                    served = pipeline.serve(letter.images)
-                    if served is not None:
-                        self._publish(served)
-                        self.health.took("total", time.perf_counter() - begin)
-                        self._served(served, letter)
+                    self._answer(pipeline, letter)
                 except Exception as error:
                     self.health.dropped("sets", type(error).__name__, str(error))
                     self._say("worker", f"a set was lost: {type(error).__name__}: {error}")
+                finally:
+                    self._busy = None
         finally:
             pipeline.close()
+
+    def _answer(self, pipeline: Pipeline, letter: Letter) -> None:
+        if self.settings.lazy and not self._listened():
+            now = time.monotonic()
+            self.health.idle(now)
+            self._used(letter.images, now)
+            return
+        begin = time.perf_counter()
+        try:
+            served = pipeline.serve(letter.images)
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            served = self._again(pipeline, letter.images, error)
+        if served is not None:
+            self._publish(served)
+            self.health.took("total", time.perf_counter() - begin)
+            self._served(served, letter)
+
+    def _again(self, pipeline: Pipeline, images: ImageSet, error: Exception) -> Served | None:
+        """A set for which memory did not suffice, once more with a new model in a memory that is empty."""
+        self.health.count("out of memory")
+        self._say("out of memory", f"out of memory ({error}): the model is made anew, its memory forgotten")
+        error.__traceback__ = None  # its frames hold the tensors that must go
+        self._stream.forget()
+        self._model = self._stream = pipeline.stream = None
+        _free()
+        try:
+            self._load()
+            pipeline.stream = self._stream
+            return pipeline.serve(images)
+        except Exception as second:
+            if not _out_of_memory(second):
+                raise
+            self.failure = f"out of memory twice in a row, also with a new model: {second}"
+            self.health.fail(self.failure)
+            self.get_logger().error(self.failure)
+            raise
+
+    def _listened(self) -> bool:
+        return any(p.get_subscription_count() for p in (self._out, self._out_points, self._out_markers))
+
+    def _used(self, images: ImageSet, now: float) -> None:
+        for name, shot in zip(self.settings.cameras, images.pictures, strict=True):
+            if shot is not None:
+                self.health.used(name, now)
+        if self._scans is not None:
+            self.health.used(LIDAR, now)  # without a scan no set is served
 
     def _served(self, served: Served, letter: Letter) -> None:
         now = time.monotonic()
         self.health.took("latency", now - letter.arrived)
         self.health.served(now)
-        for name, shot in zip(self.settings.cameras, served.images.pictures, strict=True):
-            if shot is not None:
-                self.health.used(name, now)
-        if self._scans is not None:
-            self.health.used(LIDAR, now)  # without a scan no set is served
+        self._used(served.images, now)
         self._publish_times(served.images.stamp, now)
 
     def _publish_times(self, stamp: int, now: float) -> None:
@@ -466,6 +610,23 @@ class OccupancyNode(LifecycleNode):
         self.health.took("publish", time.perf_counter() - converted)
 
 
+def _qos(depth: int, reliable: bool) -> QoSProfile:
+    kind = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
+    return QoSProfile(depth=depth, reliability=kind)
+
+
+def _free() -> None:
+    """Gives memory that nobody holds back to the device: other processes share it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # PyTorch has a class of its own for GPUs only
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "not enough memory" in str(error)
+
+
 def _device(name: str) -> str:
     """The device of the parameter's word. ParameterProblem where it is not here: no silent fall to the CPU."""
     if name == "auto":
@@ -489,6 +650,19 @@ def _message(package: str, name: str):
         raise SystemExit(f"occflow: the message package {package} is not on this path; {how}") from None
 
 
+def _start(node: OccupancyNode, executor: SingleThreadedExecutor) -> int:
+    """configure and activate, the latter again and again while all that is missing may still come; an exit code."""
+    if node.trigger_configure() != TransitionCallbackReturn.SUCCESS:
+        return 1
+    while node.trigger_activate() != TransitionCallbackReturn.SUCCESS:
+        if not node.waiting:
+            return 1
+        again = time.monotonic() + RETRY
+        while (left := again - time.monotonic()) > 0:
+            executor.spin_once(timeout_sec=min(left, 0.2))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """`ros2 run occflow_ros node`. Exit code 0 after SIGINT or SIGTERM, 1 when it cannot start."""
     _message("occflow_msgs", "VoxelFlow"), _message("tf2_msgs", "TFMessage")
@@ -503,11 +677,12 @@ def main(arguments: list[str] | None = None) -> int:
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         if node.get_parameter("autostart").value:
-            started = node.trigger_configure() == TransitionCallbackReturn.SUCCESS
-            if not started or node.trigger_activate() != TransitionCallbackReturn.SUCCESS:
-                code = 1
+            code = _start(node, executor)
         while code == 0 and rclpy.ok():
             executor.spin_once(timeout_sec=0.2)  # bounded: Python sees a signal only between two waits
+            if node.failure is not None:  # with a last word on /diagnostics; who respawns it gets a node that is well
+                node._diagnose()
+                code = 1
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except (ParameterProblem, RuntimeError, ValueError) as problem:

@@ -48,6 +48,12 @@ class Settings:
     clock_jump: float = _parameter(1.0, "s; stamps that go back by more begin a new lap: memory is forgotten", 0.1, 60)
     longest_gap: float = _parameter(2.0, "s between two sets after which memory is forgotten", 0.1, 60)
     tf_wait: float = _parameter(0.1, "s that a set may wait for its transforms", 0, 5)
+    startup_wait: float = _parameter(
+        0.0,
+        "s that activation waits for CameraInfo and TF of min_cameras cameras, then fails; 0: it asks for none",
+        0,
+        600,
+    )
     lidar_topic: str = _parameter(
         "/lidar_top/points", "PointCloud2 of the LiDAR; heard only for models that need it (opus-fusion)"
     )
@@ -57,6 +63,9 @@ class Settings:
     )
     moving_speed: float = _parameter(0.2, "m/s; slower voxels are published without a velocity", 0, 10)
     reliable_images: bool = _parameter(False, "true: reliable image subscriptions; false: best effort (sensor data)")
+    image_depth: int = _parameter(2, "images of a camera that wait in its subscription", 1, 100)
+    reliable_output: bool = _parameter(True, "false: what is published is best effort; reliable serves either kind")
+    lazy: bool = _parameter(True, "true: while nobody subscribes to an output the network rests")
     diagnostics_period: float = _parameter(1.0, "s between two messages on /diagnostics, by the steady clock", 0.1, 60)
     autostart: bool = _parameter(True, "true: configure and activate at start; false: a lifecycle manager does it")
     camera: tuple[CameraSettings, ...] = ()  # one a camera, in order; `camera.<name>.*`

@@ -1,5 +1,6 @@
 """One set of images in, one prediction out: decode, look up transforms, make the Frame, step the Stream. No rclpy."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,10 @@ from occflow_core.types import NANO, Frame, Prediction
 from .assemble import ImageSet, Scans, frame_of
 from .frames import TransformBuffer, TransformError
 from .health import LIDAR, Health
+
+# What a camera's mounting may change by between two sets and be the same: less than a calibration is good for, and
+# more than a stabilised mount moves from set to set
+SHIFTED, TURNED = 0.01, 0.2  # m, degrees
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Pipeline:
         self.transforms, self.stream, self.health = transforms, stream, health
         self.fixed_frame, self.base_frame, self.tf_wait = fixed_frame, base_frame, tf_wait
         self.min_cameras, self.scans = min_cameras, scans
+        self._mounts: list[torch.Tensor | None] = [None] * len(self.names)  # the latest known, base_from_camera
         self._decoders = ThreadPoolExecutor(min(len(self.names), os.cpu_count() or 1), "decode")
 
     def close(self) -> None:
@@ -122,12 +128,28 @@ class Pipeline:
                 images = self._hole(images, camera, "no transform", f"{self.topics[camera]}: refused: {error}")
         if self._enough(images) is None:
             return None, None
+        self._compare(images, mounts)
         world_from_car, points = poses[images.stamps.index(images.stamp)], None
         if self.scans is not None:
             points = self._points(images.stamp, world_from_car, look_up, until)
             if points is None:
                 return None, None
         return images, frame_of(images, self.names, pictures, mounts, poses, world_from_car, points)
+
+    def _compare(self, images: ImageSet, mounts: Sequence[torch.Tensor | None]) -> None:
+        """Forgets the past where a camera was mounted anew: what was remembered lies where it is not."""
+        for camera, (before, now) in enumerate(zip(self._mounts, mounts, strict=True)):
+            if images.pictures[camera] is None:
+                continue
+            self._mounts[camera] = now
+            shifted, turned = (0.0, 0.0) if before is None else rigid.difference(before, now)
+            if shifted > SHIFTED or turned > math.radians(TURNED):
+                frame = images.pictures[camera].calibration.optical_frame
+                moved = f"by {shifted:.3f} m and {math.degrees(turned):.2f} degrees"
+                sentence = f"{self.base_frame} <- {frame} changed {moved}: memory is forgotten"
+                self.health.count("extrinsics changed")
+                self.say(f"{frame} moved", sentence)
+                self.stream.forget()
 
     def _points(
         self,

@@ -73,6 +73,14 @@ def interpolate(first: Tensor, last: Tensor, fraction: float) -> Tensor:
     return from_quaternion(between.elements, [a + (b - a) * fraction for a, b in zip(p0, p1, strict=True)])
 
 
+def difference(first: Tensor, last: Tensor) -> tuple[float, float]:
+    """How far two (4, 4) motions are apart: metres between their origins, rad between their directions."""
+    first_from_last = inverse(first) @ last
+    # by the sine of half the angle: the arc cosine of a trace loses small angles
+    skew = (first_from_last[:3, :3] - torch.eye(3, dtype=last.dtype, device=last.device)).norm() / 8**0.5
+    return float(first_from_last[:3, 3].norm()), float(2 * skew.clamp_max(1).arcsin())
+
+
 def is_rigid(a_from_b: Tensor, tolerance: float = 1e-3) -> bool:
     """Finite, last row 0 0 0 1, and a proper rotation within the tolerance."""
     matrix = a_from_b.to(torch.float64)

@@ -95,3 +95,12 @@ def test_the_closest_rotation_of_a_rotation_is_itself():
         assert off < 1e-9 and torch.allclose(rotation, a_from_b[:3, :3], atol=1e-9)
         bent, off = rigid.closest_rotation(a_from_b[:3, :3] * 1.02)
         assert torch.allclose(bent, a_from_b[:3, :3], atol=1e-9) and off > 1e-3
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-8, 1e-3, 0.5, 3.0, math.pi])
+def test_two_motions_differ_by_the_way_and_the_angle_between_them(angle):
+    axis = torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)
+    turn = rigid.from_quaternion([math.cos(angle / 2), *(math.sin(angle / 2) * axis).tolist()], [0.3, 0.0, -0.4])
+    for first in motions(5):
+        shifted, turned = rigid.difference(first, first @ turn)
+        assert shifted == pytest.approx(0.5, abs=1e-9) and turned == pytest.approx(angle, abs=1e-7)

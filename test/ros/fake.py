@@ -102,7 +102,7 @@ class Car:
         from sensor_msgs.msg import CameraInfo, CompressedImage
         from tf2_msgs.msg import TFMessage
 
-        self.names, self.sent = tuple(names), 0
+        self.names, self.fixed, self.sent = tuple(names), "map", 0
         self.node = rclpy.create_node("car", context=context)
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self.clock = self.node.create_publisher(Clock, "/clock", 10)
@@ -113,15 +113,11 @@ class Car:
         self._transform, self._transforms = TransformStamped, TFMessage
         self._clock, self._image, self._info = Clock, CompressedImage, CameraInfo
 
-    def mount(self, shift: float = 0.0) -> None:
-        """Where the cameras are, on /tf_static; `shift` m higher than usual."""
+    def mount(self, lifted: float = 0.0) -> None:
+        """Where the cameras are, on /tf_static; `lifted` m higher than usual."""
+        mounts = {f"{name}_optical_frame": mounting(name, lifted) for name in self.names}
         self.tf_static.publish(
-            self._transforms(
-                transforms=[
-                    self._stamped("base_link", f"{name}_optical_frame", BEGIN, mounting(name, shift))
-                    for name in self.names
-                ]
-            )
+            self._transforms(transforms=[self._stamped("base_link", *mount) for mount in mounts.items()])
         )
 
     def tick(self, stamp: int) -> None:
@@ -133,7 +129,7 @@ class Car:
         """Where the car is at a stamp."""
         pose = torch.eye(4, dtype=torch.float64)
         pose[0, 3] = SPEED * (stamp - BEGIN) / NANO
-        self.tf.publish(self._transforms(transforms=[self._stamped("map", "base_link", stamp, pose)]))
+        self.tf.publish(self._transforms(transforms=[self._stamped(self.fixed, "base_link", pose, stamp)]))
 
     def info(self, name: str, **changes) -> None:
         message = self._info(height=HEIGHT, width=WIDTH, distortion_model="plumb_bob", d=[0.0] * 5)
@@ -162,7 +158,7 @@ class Car:
             if name not in without:
                 self.shoot(name, stamp)
 
-    def _stamped(self, parent: str, child: str, stamp: int, pose):
+    def _stamped(self, parent: str, child: str, pose, stamp: int = BEGIN):
         message = self._transform(child_frame_id=child)
         message.header.frame_id = parent
         message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp, NANO)
@@ -171,11 +167,11 @@ class Car:
         return message
 
 
-def mounting(name: str, shift: float = 0.0):
-    """base_from_camera of a camera of CAMERAS, or ahead for another name."""
+def mounting(name: str, lifted: float = 0.0):
+    """base_from_camera of a camera of CAMERAS; others look ahead."""
     half = np.deg2rad(YAW.get(name, 0.0)) / 2
     body_from_optical = rigid.from_quaternion([0.5, -0.5, 0.5, -0.5], [0.0, 0.0, 0.0])
-    place = (np.cos(2 * half), np.sin(2 * half), 1.5 + shift)
+    place = (np.cos(2 * half), np.sin(2 * half), 1.5 + lifted)
     return rigid.from_quaternion([np.cos(half), 0.0, 0.0, np.sin(half)], place) @ body_from_optical
 
 
@@ -186,6 +182,7 @@ def mounting(name: str, shift: float = 0.0):
 class Heard:
     messages: list = field(default_factory=list)  # VoxelFlow
     diagnostics: list = field(default_factory=list)  # DiagnosticArray
+    lines: list[str] = field(default_factory=list)  # what the node logs, as /rosout has it
 
     @property
     def stamps(self) -> list[int]:
@@ -199,7 +196,7 @@ class Stage:
     def __init__(self, patch, domain: int, network: Network | None = None, names=CAMERAS, **parameters):
         import rclpy
         from diagnostic_msgs.msg import DiagnosticArray
-        from occflow_msgs.msg import VoxelFlow
+        from rcl_interfaces.msg import Log
         from rclpy.parameter import Parameter
 
         from occflow_ros import node
@@ -214,10 +211,11 @@ class Stage:
         self.node = node.OccupancyNode(
             context=self.context, parameter_overrides=[Parameter(k, value=v) for k, v in values.items()]
         )
-        self.car, self.listener, self.heard = Car(self.context, names), None, Heard()
+        self.car, self.heard = Car(self.context, names), Heard()
         self.listener = rclpy.create_node("listener", context=self.context)
-        self.listener.create_subscription(VoxelFlow, "/occflow/occupancy", self.heard.messages.append, 100)
+        self.listen()
         self.listener.create_subscription(DiagnosticArray, "/diagnostics", self.heard.diagnostics.append, 100)
+        self.listener.create_subscription(Log, "/rosout", self._on_line, 100)
         self.executor = rclpy.executors.SingleThreadedExecutor(context=self.context)
         for each in (self.node, self.car.node, self.listener):
             self.executor.add_node(each)
@@ -239,8 +237,40 @@ class Stage:
         self.car.mount()
         for name in self.car.names:
             self.car.info(name)
-        self.until(lambda: all(self.node._calibrations))
+        self.car.tick(self.stamp)  # images may overtake it: a clock that is far behind their stamps would refuse them
+        self.until(lambda: all(self.node._calibrations) and self.node.get_clock().now().nanoseconds == self.stamp)
         return self
+
+    def _on_line(self, message) -> None:
+        if message.name == "occflow":
+            self.heard.lines.append(message.msg)
+
+    @property
+    def state(self) -> str:
+        return self.node._state_machine.current_state[1]
+
+    def unconfigure(self) -> None:
+        """From whatever state."""
+        if self.state == "active":
+            self.node.trigger_deactivate()
+        if self.state == "inactive":
+            self.node.trigger_cleanup()
+
+    def again(self, **parameters) -> "Stage":
+        """From the beginning, with other parameters; those that are not named stay."""
+        from rclpy.parameter import Parameter
+
+        self.unconfigure()
+        for result in self.node.set_parameters([Parameter(k, value=v) for k, v in parameters.items()]):
+            assert result.successful, result.reason
+        for heard in (self.heard.messages, self.heard.diagnostics, self.heard.lines):
+            heard.clear()
+        return self.start()
+
+    def listen(self) -> None:
+        from occflow_msgs.msg import VoxelFlow
+
+        self.listener.create_subscription(VoxelFlow, "/occflow/occupancy", self.heard.messages.append, 100)
 
     def connected(self) -> None:
         publishers = [*self.car.images.values(), *self.car.infos.values(), self.car.tf, self.car.tf_static]
@@ -253,7 +283,7 @@ class Stage:
         end = time.monotonic() + seconds
         while not (value := holds()) and time.monotonic() < end:
             self.executor.spin_once(timeout_sec=0.02)
-        assert value, f"not within {seconds} s"
+        assert value, f"not within {seconds} s; {self.node.health and self.node.health.report(time.monotonic())}"
         return value
 
     def spin(self, seconds: float) -> None:
@@ -261,22 +291,48 @@ class Stage:
         while (left := end - time.monotonic()) > 0:
             self.executor.spin_once(timeout_sec=left)
 
-    def drive(self, sweeps: int, period: float = 0.1, pace: float | None = None, without: Collection[str] = ()) -> None:
+    def drive(
+        self,
+        sweeps: int,
+        period: float = 0.1,
+        pace: float | None = None,
+        without: Collection[str] = (),
+        instead: Callable[[int], None] | None = None,
+    ) -> None:
         """That many sweeps, `period` s apart by their stamps and `pace` s (by default as much) apart in time."""
         pace = period if pace is None else pace
         due = time.monotonic()
         for _ in range(sweeps):
-            self.stamp += round(period * NANO)
-            self.car.sweep(self.stamp, without)
+            self._sweep(period, without, instead)
             due += pace
             self.spin(max(0.0, due - time.monotonic()))
 
     def status(self, name: str = "occupancy"):
         """Of the newest report: level, message, values of one status."""
-        for status in self.heard.diagnostics[-1].status:
+        for status in self.heard.diagnostics[-1].status if self.heard.diagnostics else ():
             if status.name.endswith(name):
                 return int.from_bytes(status.level, "little"), status.message, {v.key: v.value for v in status.values}
-        raise KeyError(name)
+        return None, "", {}  # nothing was heard yet
+
+    def answer(self, period: float = 0.1, without: Collection[str] = (), instead: Callable[[int], None] | None = None):
+        """One sweep, and the message that answers it. `instead` sends something at the sweep's stamp, ns, before."""
+        self._sweep(period, without, instead)
+        return self.answered()
+
+    def _sweep(self, period: float, without: Collection[str], instead: Callable[[int], None] | None) -> None:
+        self.stamp += round(period * NANO)
+        self.car.tick(self.stamp)
+        if instead is not None:
+            instead(self.stamp)
+        self.car.sweep(self.stamp, without)
+
+    def answered(self, seconds: float = 10.0):
+        """The message that answers the newest stamp."""
+        self.until(lambda: self.heard.stamps[-1:] == [self.stamp], seconds)
+        return self.heard.messages[-1]
+
+    def said(self, words: str) -> bool:
+        return any(words in line for line in self.heard.lines)
 
     def close(self) -> None:
         import rclpy

@@ -1,0 +1,657 @@
+"""Every fault that a node on a car must expect, injected over real DDS into the whole node with a stand-in network.
+
+Each test is a fault and what is promised of it: what is said, what is published, and that it goes on. The ROS clock is
+the test's. Faults of engine files are with the backends; more of the collector's in test_assemble.py.
+"""
+
+import gc
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from array import array
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("rclpy", reason="needs ROS 2")
+
+from rclpy.lifecycle import TransitionCallbackReturn as Result  # noqa: E402
+from rclpy.parameter import Parameter  # noqa: E402
+from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
+from ros import fake  # noqa: E402
+from ros.fake import CAMERAS, Stage, mounting  # noqa: E402
+
+from occflow_core.geometry import Cameras  # noqa: E402
+from occflow_core.types import NANO  # noqa: E402
+from occflow_core.voxelflow import unpack  # noqa: E402
+from occflow_ros.health import ERROR, OK, WARN  # noqa: E402
+
+pytestmark = [pytest.mark.dds, pytest.mark.timeout(120)]
+DOMAIN = 93
+ALL = 0b111111
+
+
+@pytest.fixture(scope="module")
+def _stage():
+    with pytest.MonkeyPatch.context() as patch, Stage(patch, DOMAIN) as stage:
+        yield stage
+
+
+@pytest.fixture
+def stage(_stage):
+    """The node as after its start, all that a car needs said, nothing answered yet."""
+    _stage.network.delay, _stage.network.spoilt = 0.0, 0
+    _stage.network.failures.clear()
+    _stage.network.used.clear()
+    _stage.stamp += 100 * NANO
+    return _stage.again(frozen_after=0.3, min_cameras=1, startup_wait=0.0, lazy=True, tf_wait=0.1, image_depth=2)
+
+
+def bit(name: str) -> int:
+    return 1 << CAMERAS.index(name)
+
+
+def memory(message) -> int:
+    """How many steps the network remembered: see `fake.Network`."""
+    return len(message.index) - 1
+
+
+def only_seen_by(name: str) -> torch.Tensor:
+    """(X, Y, Z) bool: voxels whose centre this camera sees, and of which the others see nothing."""
+    grid = fake.Config().grid
+    k = torch.tensor(
+        [[fake.FOCAL, 0, fake.WIDTH / 2], [0, fake.FOCAL, fake.HEIGHT / 2], [0, 0, 1]], dtype=torch.float64
+    )
+    poses = torch.stack([mounting(camera) for camera in CAMERAS])
+    cameras = Cameras(k.expand(6, 3, 3), poses, fake.HEIGHT, fake.WIDTH)
+    centres, own = grid.centres().double().reshape(1, -1, 3), CAMERAS.index(name)
+    others = torch.zeros(centres.shape[1], dtype=torch.bool)
+    for corner in itertools.product((-0.3, 0.3), repeat=3):  # a ray that touches a voxel observes it
+        sees = cameras.sees((centres + torch.tensor(corner)).expand(6, -1, 3))
+        others |= sees[[i for i in range(6) if i != own]].any(0)
+    return (cameras.sees(centres.expand(6, -1, 3))[own] & ~others).reshape(grid.shape)
+
+
+def level(stage, name: str) -> int:
+    return stage.status(name)[0]
+
+
+# ---- cameras that fail
+
+
+def test_one_camera_stops(stage):
+    before = stage.answer()
+    assert before.cameras_used == ALL
+    own = only_seen_by("cam_back")
+    assert own.sum() > 1000
+    # what the picture's crop leaves out is not looked at by anybody
+    looked_at = own & ~unpack(before).unobserved
+    assert looked_at.sum() > 1000
+    for _ in range(3):
+        message = stage.answer(without=["cam_back"])
+        assert message.cameras_used == ALL & ~bit("cam_back")
+        assert unpack(message).unobserved[own].all(), "what only the dead camera saw must be unobserved"
+    assert not stage.network.used[-1][CAMERAS.index("cam_back")] and memory(message) == 3
+    stage.until(lambda: level(stage, "cam_back") == WARN, 1.0)
+    stage.drive(25, without=["cam_back"])  # longer than `quiet`
+    stage.until(lambda: level(stage, "cam_back") == ERROR)
+    number, words, _ = stage.status()
+    assert number == WARN and "cam_back" in words
+    assert stage.answer().cameras_used == ALL, "its first image is used again"
+    stage.until(lambda: level(stage, "cam_back") == OK and level(stage, "occupancy") == OK)
+    assert not unpack(stage.heard.messages[-1]).unobserved[looked_at].any()
+
+
+def test_fewer_cameras_than_the_least(stage):
+    stage.again(min_cameras=3)
+    stage.answer()
+    stage.drive(25, without=CAMERAS[:4])
+    assert stage.heard.stamps[-1] < stage.stamp - 2 * NANO
+    stage.until(lambda: level(stage, "occupancy") == ERROR)
+    assert int(stage.status()[2]["sets dropped: too few cameras"]) >= 20
+    assert stage.answer().cameras_used == ALL and memory(stage.heard.messages[-1]) == 0, "a long gap is a new drive"
+    stage.until(lambda: level(stage, "occupancy") == OK)
+
+
+def test_all_cameras_stop_and_the_node_stays(stage):
+    stage.answer()
+    stage.drive(25, without=CAMERAS)  # the clock and the transforms go on
+    stage.until(lambda: level(stage, "occupancy") == ERROR)
+    assert len(stage.heard.messages) == 1
+    assert stage.answer().cameras_used == ALL
+    stage.until(lambda: level(stage, "occupancy") == OK)
+
+
+@pytest.mark.parametrize("what", ["stamp", "picture"])
+def test_a_frozen_camera_is_found_within_a_second(stage, what):
+    first = stage.answer().header.stamp
+    began, frozen = time.monotonic(), fake._jpegs("cam_front")[3]
+    at = first.sec * NANO + first.nanosec
+
+    def still(stamp):
+        stage.car.shoot("cam_front", at if what == "stamp" else stamp, frozen)
+
+    def masked():
+        return stage.answer(without=["cam_front"], instead=still).cameras_used != ALL
+
+    if what == "picture":
+        assert not masked(), "once is no sign yet"
+        while not masked():
+            assert time.monotonic() - began < 1.0
+    else:
+        assert masked(), "an old stamp is of no use at once"
+        stage.drive(4, without=["cam_front"], instead=still)
+    stage.until(lambda: stage.said(f"/cam_front/image_raw/compressed: refused: the camera is frozen: the {what}"))
+    stage.until(lambda: level(stage, "cam_front") in (WARN, ERROR))
+    assert stage.answer().cameras_used == ALL, "its first new image counts again"
+
+
+def test_a_late_image_is_counted_and_stamps_never_go_back(stage):
+    stage.answer()
+    stage.answer(without=["cam_front"])
+    stage.car.shoot("cam_front", stage.stamp)
+    stage.until(lambda: stage.node._collector.dropped[0, "late"] == 1)
+    assert stage.answer().cameras_used == ALL
+    assert stage.heard.stamps == sorted(set(stage.heard.stamps)) and len(stage.heard.stamps) == 3
+
+
+def test_of_two_images_of_one_stamp_the_first_is_kept(stage):
+    stage.answer(without=["cam_back"], instead=lambda stamp: [stage.car.shoot("cam_back", stamp) for _ in range(2)])
+    stage.until(lambda: stage.node._collector.dropped[CAMERAS.index("cam_back"), "same stamp again"] == 1)
+    assert len(stage.heard.messages) == 1 and stage.heard.messages[0].cameras_used == ALL
+
+
+@pytest.mark.parametrize(
+    ("stamp", "reason"),
+    [(lambda now: 0, "no stamp"), (lambda now: now + 5 * NANO, "stamp far from the clock")],
+    ids=["zero", "of the future"],
+)
+def test_a_stamp_that_cannot_be(stage, stamp, reason):
+    stage.answer()
+    message = stage.answer(without=["cam_back"], instead=lambda now: stage.car.shoot("cam_back", stamp(now)))
+    assert message.cameras_used == ALL & ~bit("cam_back")
+    stage.until(lambda: int(stage.status("cam_back")[2].get(f"dropped: {reason}", 0)) == 1)
+    assert stage.answer().cameras_used == ALL
+
+
+def test_a_broken_jpeg_costs_one_camera_one_set(stage):
+    whole = fake._jpegs("cam_back")[0]
+    for broken in (whole[: len(whole) // 2], array("B", b"\xff\xd8\xff no picture"), array("B", b"")):
+        shoot = partial(stage.car.shoot, "cam_back", data=broken)
+        message = stage.answer(without=["cam_back"], instead=shoot)
+        assert message.cameras_used == ALL & ~bit("cam_back")
+    stage.until(lambda: stage.said("/cam_back/image_raw/compressed: refused: "))
+    assert stage.answer().cameras_used == ALL
+
+
+# ---- time
+
+
+def test_the_clock_is_turned_back(stage):
+    for _ in range(3):
+        last = stage.answer()
+    assert memory(last) == 2
+    stage.car.sweep(stage.stamp + NANO // 10, without=["cam_back"])  # an open set of the old lap
+    stage.stamp -= 60 * NANO
+    first = stage.answer()
+    assert memory(first) == 0 and first.cameras_used == ALL, "the first set of the new lap, with no memory of the old"
+    assert memory(stage.answer()) == 1
+    stage.until(lambda: stage.said("stamps went back"))
+    assert stage.node.health.counts()["clock jumps"] == 1, "static transforms were kept: nothing had to be sent again"
+
+
+def test_the_clock_steps_back_a_little(stage):
+    for _ in range(3):
+        stage.answer()
+    stage.stamp -= round(0.25 * NANO)  # as NTP does
+    stage.drive(2)
+    assert memory(stage.answer()) == 3, "no lap began"
+    assert "clock jumps" not in stage.node.health.counts()
+    assert stage.heard.stamps == sorted(set(stage.heard.stamps))
+
+
+def test_the_clock_jumps_ahead(stage):
+    stage.answer()
+    assert memory(stage.answer(period=1.5)) == 1, "within `longest_gap`"
+    assert memory(stage.answer(period=30.0)) == 0
+    assert memory(stage.answer()) == 1
+
+
+def test_a_pause_is_no_fault(stage):
+    stage.drive(5)
+    stage.spin(2.5)  # longer than `quiet`: nothing comes, and the clock stands
+    levels = {status.level for report in stage.heard.diagnostics for status in report.status}
+    assert bytes([ERROR]) not in levels
+    assert memory(stage.answer()) == 5
+
+
+# ---- transforms
+
+
+def test_transforms_are_missing_at_the_start(stage):
+    node = stage.node
+    stage.unconfigure()
+    node.set_parameters([Parameter("startup_wait", value=0.5), Parameter("fixed_frame", value="odom")])
+    try:
+        assert node.trigger_configure() == Result.SUCCESS
+        began = time.monotonic()
+        assert node.trigger_activate() == Result.FAILURE
+        assert 0.5 <= time.monotonic() - began < 3.0 and node.waiting
+        assert stage.state == "inactive"
+        stage.until(lambda: stage.said("still without CameraInfo on /cam_front/camera_info; "))
+        assert stage.said("a transform odom <- base_link")
+        stage.car.fixed = "odom"
+
+        def told():
+            while stage.state != "active":
+                stage.car.move(stage.stamp)
+                for name in CAMERAS:
+                    stage.car.info(name)
+                time.sleep(0.1)
+
+        thread = threading.Thread(target=told)
+        thread.start()
+        assert node.trigger_activate() == Result.SUCCESS, "it hears of them while it waits"
+        thread.join()
+        stage.connected()
+        for name in CAMERAS:
+            stage.car.info(name)
+        stage.until(lambda: all(node._calibrations))
+        assert stage.answer().cameras_used == ALL
+    finally:
+        stage.car.fixed = "map"
+        stage.unconfigure()
+        node.set_parameters([Parameter("fixed_frame", value="map")])
+
+
+def test_transforms_stop_and_come_back(stage):
+    for _ in range(3):
+        stage.answer()
+    unmoved = stage.heard.stamps[-1]
+    for _ in range(3):  # the car's place is not known any more: neither an identity nor the last one takes its place
+        stage.stamp += NANO // 10
+        stage.car.tick(stage.stamp)
+        for name in CAMERAS:
+            stage.car.shoot(name, stage.stamp)
+        stage.spin(0.3)
+    assert stage.heard.stamps[-1] == unmoved
+    stage.until(lambda: stage.said("map <- base_link"))
+    assert int(stage.status("cam_front")[2]["dropped: no transform"]) == 3
+    assert memory(stage.answer()) == 3, "the gap was short: what was remembered still holds"
+
+
+def test_a_transform_that_comes_late_is_waited_for(stage):
+    stage.again(tf_wait=1.0)
+    stage.answer()
+    stage.stamp += NANO // 10
+    stage.car.tick(stage.stamp)
+    for name in CAMERAS:
+        stage.car.shoot(name, stage.stamp)
+    stage.spin(0.3)
+    assert len(stage.heard.messages) == 1
+    stage.car.move(stage.stamp)
+    assert stage.answered().cameras_used == ALL
+
+
+def test_a_camera_is_mounted_anew(stage):
+    for _ in range(3):
+        stage.answer()
+    stage.car.mount(lifted=0.05)
+    stage.until(lambda: stage.node._transforms.lookup("base_link", "cam_back_optical_frame", stage.stamp)[2, 3] > 1.54)
+    assert memory(stage.answer()) == 0
+    stage.until(lambda: stage.said("base_link <- cam_back_optical_frame changed by 0.050 m and 0.00 degrees"))
+    assert memory(stage.answer()) == 1 and stage.node.health.counts()["extrinsics changed"] == 6
+
+
+# ---- messages that contradict themselves
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"k": [math.nan] * 9}, "expected finite, positive focal lengths"),
+        ({"k": [0.0] * 9}, "expected finite, positive focal lengths"),
+        ({"height": 0}, "CameraInfo of 160 x 0 pixels"),
+        ({"distortion_model": "guessed", "d": [0.1] * 5}, "guessed"),
+    ],
+    ids=["NaN", "zero K", "no pixels", "unknown model"],
+)
+def test_a_camera_info_that_cannot_be(stage, changes, words):
+    assert stage.answer().cameras_used == ALL
+    stage.car.info("cam_back", **changes)
+    stage.until(lambda: stage.node._calibrations[CAMERAS.index("cam_back")] is None)
+    assert stage.answer().cameras_used == ALL & ~bit("cam_back"), "what held before does not hold any more"
+    stage.until(lambda: stage.said("/cam_back/camera_info: refused") and stage.said(words))
+    stage.car.info("cam_back")
+    stage.until(lambda: all(stage.node._calibrations))
+    assert stage.answer().cameras_used == ALL
+
+
+def test_a_camera_info_that_changes_is_taken_and_memory_forgotten(stage):
+    for _ in range(3):
+        stage.answer()
+    zoomed = [2 * fake.FOCAL, 0.0, 80.0, 0.0, 2 * fake.FOCAL, 45.0, 0.0, 0.0, 1.0]
+    before = stage.node._calibrations[3]
+    stage.car.info("cam_back", k=zoomed)
+    stage.until(lambda: stage.node._calibrations[3] is not before)
+    message = stage.answer()
+    assert message.cameras_used == ALL and memory(message) == 0
+    far = only_seen_by("cam_back")
+    assert unpack(message).unobserved[far].float().mean() > 0.3, "it sees half as wide"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoding": "32FC1"}, "encoding '32FC1', expected one of"),
+        ({"step": 7}, "step 7 bytes"),
+        ({"width": 80, "step": 480}, "80 x 90 pixels, but /cam_back/camera_info says 160 x 90"),
+        ({"data": array("B", bytes(100))}, "100 bytes, but 90 rows"),
+        ({"height": 0}, "160 x 0 pixels"),
+    ],
+    ids=["encoding", "step", "size", "bytes", "no rows"],
+)
+def test_a_raw_image_that_contradicts_itself(_stage, changes, words):
+    from sensor_msgs.msg import Image
+
+    stage, topic = _stage, "/cam_back/image_raw/compressed"
+    stage.unconfigure()
+    stage.stamp += 100 * NANO
+    stage.node.set_parameters([Parameter("camera.cam_back.compressed", value=False)])
+    compressed = stage.car.images["cam_back"]
+    stage.car.images["cam_back"] = raw = stage.car.node.create_publisher(Image, "/cam_back/image_raw", 5)
+    stage.node.set_parameters([Parameter("camera.cam_back.image_topic", value="/cam_back/image_raw")])
+    try:
+        stage.again()
+
+        def shoot(stamp, **changes):
+            image = Image(height=90, width=160, encoding="bgr8", step=480, data=array("B", os.urandom(90 * 480)))
+            for key, value in changes.items():
+                setattr(image, key, value)
+            image.header.frame_id = "cam_back_optical_frame"
+            image.header.stamp.sec, image.header.stamp.nanosec = divmod(stamp, NANO)
+            raw.publish(image)
+
+        assert stage.answer(without=["cam_back"], instead=shoot).cameras_used == ALL
+        message = stage.answer(without=["cam_back"], instead=lambda stamp: shoot(stamp, **changes))
+        assert message.cameras_used == ALL & ~bit("cam_back")
+        stage.until(lambda: stage.said("/cam_back/image_raw: refused: ") and stage.said(words))
+        assert stage.answer(without=["cam_back"], instead=shoot).cameras_used == ALL
+    finally:
+        stage.car.images["cam_back"] = compressed
+        stage.car.node.destroy_publisher(raw)
+        stage.unconfigure()
+        back = {"camera.cam_back.compressed": True, "camera.cam_back.image_topic": topic}
+        stage.node.set_parameters([Parameter(name, value=value) for name, value in back.items()])
+
+
+# ---- the network
+
+
+def test_memory_runs_out_once(stage):
+    stage.answer()
+    stage.network.failures.append(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    message = stage.answer()
+    assert message.cameras_used == ALL and memory(message) == 0, "the same set, with a new model"
+    assert memory(stage.answer()) == 1
+    stage.until(lambda: stage.said("out of memory (CUDA out of memory"))
+    assert stage.node.health.counts()["out of memory"] == 1 and stage.node.failure is None
+
+
+def test_memory_runs_out_for_good(stage):
+    stage.answer()
+    stage.network.failures.extend(MemoryError("none left") for _ in range(3))
+    stage.stamp += NANO // 10
+    stage.car.sweep(stage.stamp)
+    stage.until(lambda: stage.state == "inactive")
+    stage.until(lambda: level(stage, "occupancy") == ERROR)
+    assert "out of memory twice in a row" in stage.status()[1] and stage.said("out of memory twice in a row")
+    stage.network.failures.clear()
+    stage.again()  # a supervisor may try again
+    assert stage.answer().cameras_used == ALL
+
+
+def test_the_network_says_nonsense(stage):
+    for _ in range(3):
+        stage.answer()
+    stage.network.spoilt = 1
+    stage.stamp += NANO // 10
+    stage.car.sweep(stage.stamp)
+    stage.until(lambda: stage.said("not finite"))
+    assert len(stage.heard.messages) == 3, "nonsense is not published"
+    assert memory(stage.answer()) == 0
+    assert int(stage.node.health.report(0.0)[0].values["sets dropped: FloatingPointError"]) == 1
+
+
+def test_the_network_is_slower_than_the_cameras(stage):
+    stage.network.delay = 0.3
+    begun, ages = time.monotonic(), []
+    heard = stage.node._publish
+
+    def published(served):
+        ages.append((time.monotonic() - begun) - (served.images.stamp - first) / NANO)
+        heard(served)
+
+    first = stage.stamp + NANO // 10
+    stage.node._publish = published
+    try:
+        stage.drive(30)
+    finally:
+        stage.node._publish = heard
+    assert len(ages) >= 3 and int(stage.status()[2]["sets skipped"]) >= 10
+    # each answers the newest set there was: age is what the network takes and at most a period more, and does not grow
+    slack = 0.1  # of a machine with other work
+    bound = stage.node.health.latencies_ms()["total"]["p99"] / 1e3 + 0.1 + slack
+    assert max(ages) <= bound and ages[-1] <= ages[0] + 0.1 + slack
+
+
+# ---- ROS
+
+
+def test_a_subscriber_that_does_not_read_blocks_nothing(stage):
+    deaf = stage.listener.create_subscription  # a subscription that nobody spins
+    import rclpy
+    from occflow_msgs.msg import VoxelFlow
+
+    other = rclpy.create_node("deaf", context=stage.context)
+    other.create_subscription(VoxelFlow, "/occflow/occupancy", lambda _: None, QoSProfile(depth=1))
+    assert deaf
+    try:
+        for _ in range(30):
+            stage.answer()
+        assert stage.node.health.latencies_ms()["publish"]["p99"] < 50
+    finally:
+        other.destroy_node()
+
+
+def test_a_publisher_whose_qos_does_not_fit(stage):
+    from sensor_msgs.msg import CompressedImage
+
+    topic = "/cam_front/image_raw/compressed"
+    stage.again(reliable_images=True)
+    try:
+        unfit = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+        publisher = stage.car.node.create_publisher(CompressedImage, topic, unfit)
+        words = f"{topic}: a publisher offers reliability"
+        stage.until(lambda: stage.said(words))
+        assert stage.said("BEST_EFFORT") and stage.said("we ask for RELIABLE")
+        stage.car.node.destroy_publisher(publisher)
+    finally:
+        stage.again(reliable_images=False)
+
+
+def test_best_effort_outputs_where_asked(stage):
+    from occflow_msgs.msg import VoxelFlow
+
+    stage.unconfigure()
+    for reliable, kind in ((False, ReliabilityPolicy.BEST_EFFORT), (True, ReliabilityPolicy.RELIABLE)):
+        stage.node.set_parameters([Parameter("reliable_output", value=reliable)])
+        assert stage.node.trigger_configure() == Result.SUCCESS
+        (out,) = [p for p in stage.node.publishers if p.msg_type is VoxelFlow]
+        assert out.qos_profile.reliability == kind
+        assert stage.node.trigger_cleanup() == Result.SUCCESS
+
+
+def test_a_callback_that_throws(stage, monkeypatch):
+    from occflow_ros import convert
+
+    stage.answer()
+    whole = convert.compressed_picture
+    monkeypatch.setattr(convert, "compressed_picture", lambda message: 1 / 0)
+    stage.drive(1)  # at its own pace: stamps that run ahead of the arrivals are those of a clock that does
+    stage.until(lambda: stage.node.health.counts().get("exceptions in callbacks") == 6)
+    stage.until(lambda: stage.said("_on_image: ZeroDivisionError"))
+    monkeypatch.setattr(convert, "compressed_picture", whole)
+    assert stage.answer().cameras_used == ALL
+
+
+def test_two_publishers_on_one_topic(stage):
+    from sensor_msgs.msg import CompressedImage
+
+    publisher = stage.car.node.create_publisher(CompressedImage, "/cam_front/image_raw/compressed", 1)
+    stage.answer()
+    stage.until(lambda: "2 publishers on /cam_front/image_raw/compressed" in stage.status("cam_front")[1])
+    stage.car.node.destroy_publisher(publisher)
+    stage.answer()
+    stage.until(lambda: level(stage, "cam_front") == OK)
+
+
+def test_nobody_listens(stage):
+    stage.answer()
+    asked = len(stage.network.used)
+    occupancy = next(s for s in stage.listener.subscriptions if s.topic_name == "/occflow/occupancy")
+    stage.listener.destroy_subscription(occupancy)
+    stage.until(lambda: not stage.node._out.get_subscription_count())
+    stage.drive(10)
+    assert len(stage.network.used) == asked, "no work for nobody"
+    stage.until(lambda: stage.status()[:2] == (OK, "idle: nobody listens") and level(stage, "cam_back") == OK)
+    stage.listen()
+    stage.until(stage.node._out.get_subscription_count)
+    assert stage.answer().cameras_used == ALL
+    stage.until(lambda: stage.status()[1] == "running")
+
+
+def test_the_heart_beats_in_every_state_and_stops_with_a_worker_that_hangs(stage, monkeypatch):
+    from lifecycle_msgs.msg import State
+    from rclpy.event_handler import SubscriptionEventCallbacks
+    from rclpy.qos import LivelinessPolicy
+
+    from occflow_ros import node as module
+
+    states, lives = [], []
+    qos = QoSProfile(
+        depth=10,
+        liveliness=LivelinessPolicy.MANUAL_BY_TOPIC,
+        liveliness_lease_duration=rclpy_duration(module.LEASE),
+    )
+    heart = stage.listener.create_subscription(
+        State,
+        "/occflow/heartbeat",
+        lambda m: states.append(m.label),
+        qos,
+        event_callbacks=SubscriptionEventCallbacks(liveliness=lambda event: lives.append(event.alive_count)),
+    )
+    try:
+        stage.until(lambda: states[-1:] == ["active"])
+        stage.node.trigger_deactivate()
+        stage.until(lambda: states[-1:] == ["inactive"])
+        assert stage.node.trigger_activate() == Result.SUCCESS
+        stage.connected()
+        stage.until(lambda: states[-1:] == ["active"] and lives[-1:] == [1])
+        monkeypatch.setattr(module, "STUCK", 0.5)
+        stage.network.delay = 3.0
+        stage.stamp += NANO // 10
+        stage.car.sweep(stage.stamp)
+        stage.until(lambda: lives[-1] == 0, 5.0)  # DDS tells whoever asked for it
+        stage.until(lambda: stage.said("the worker has been at one set for"))
+        stage.network.delay = 0.0
+        stage.until(lambda: lives[-1] == 1)
+    finally:
+        stage.listener.destroy_subscription(heart)
+
+
+def rclpy_duration(seconds: float):
+    from rclpy.duration import Duration
+
+    return Duration(seconds=seconds)
+
+
+def test_what_was_taken_is_given_back(stage):
+    stage.answer()
+    held = [weak() for weak in (lambda: stage.node._stream, lambda: stage.node._model)]
+    assert all(held)
+    del held
+    assert stage.node._stream.memory is not None
+    stage.node.trigger_deactivate()
+    assert stage.node._stream.memory is None
+    stage.node.trigger_cleanup()
+    gc.collect()
+    assert stage.node._stream is None and stage.node._model is None
+    assert [t.name for t in threading.enumerate() if t.name in ("worker",) or t.name.startswith("decode")] == []
+
+
+# ---- the process
+
+
+class Process:
+    """The node as a process of its own, and a car that drives on."""
+
+    def __init__(self, stage, delay: float = 0.0):
+        self.stage = stage
+        environment = {
+            **os.environ,
+            "ROS_DOMAIN_ID": str(DOMAIN),
+            "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+            "FAKE_DELAY": str(delay),
+        }
+        command = [sys.executable, fake.__file__, "--ros-args", "-p", "use_sim_time:=true"]
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def drive_until_answered(self, seconds: float = 60.0) -> None:
+        stage, end = self.stage, time.monotonic() + seconds
+        heard = len(stage.heard.messages)
+        while len(stage.heard.messages) == heard and time.monotonic() < end:
+            for name in CAMERAS:
+                stage.car.info(name)
+            stage.drive(1)
+        assert len(stage.heard.messages) > heard
+
+    def end(self, word: int) -> tuple[int, str]:
+        self.process.send_signal(word)
+        said, _ = self.process.communicate(timeout=20)
+        return self.process.returncode, said.decode()
+
+
+@pytest.fixture
+def alone(stage):
+    """The stage without its own node: another process is the node."""
+    stage.unconfigure()
+    return stage
+
+
+def test_the_node_is_killed_and_started_again(alone):
+    first = Process(alone)
+    first.drive_until_answered()
+    assert first.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    second = Process(alone)
+    second.drive_until_answered()
+    assert memory(alone.heard.messages[-1]) <= 1, "nothing of before is needed"
+    code, said = second.end(signal.SIGINT)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
+def test_it_is_stopped_while_the_network_thinks(alone, word):
+    node = Process(alone, delay=1.0)
+    node.drive_until_answered()
+    alone.drive(3)
+    began = time.monotonic()
+    code, said = node.end(word)
+    assert code == 0 and "Traceback" not in said, said
+    assert time.monotonic() - began < 10
