@@ -24,7 +24,7 @@ RATED = 60  # latest stamps a rate is of: 5 s at 12 Hz
 LATE = 3.0  # of a sensor's own periods: the silence that is said at once; less is jitter
 GONE = 10.0  # s without output until it is STALE: even at 4 m/s the car has by then left the 40 m it last looked ahead
 STILL = 1.5  # s that /clock may stand still: some publish it once a second
-SPEED = 5.0  # s over which the speed of /clock is measured
+SPEED = 3.0  # s over which the speed of /clock is measured
 PAUSED = "paused"
 TICK = 0.1  # s from one kept reading of /clock to the next
 
@@ -53,7 +53,7 @@ class _Clocks:
         self.ran = 0.0  # s that /clock has run, without its jumps back
         self.moved = 0.0  # s, steady: when it was first seen to say what it says
         self._heard: tuple[float, float] | None = None  # s, steady: of the messages since, first and last of a run
-        self._readings: deque[_Mark] = deque(maxlen=round(SPEED / TICK))
+        self._readings: deque[_Mark] = deque()
 
     def tick(self, now: float, ros: float | None) -> bool:
         """Takes a reading; was the clock turned back?"""
@@ -64,10 +64,14 @@ class _Clocks:
         if ros != before:
             self.moved, self._heard = now, None
         step = ros - before if before else 0.0  # 0 is no time: /clock did not run from there to its first message
-        self.ran += max(0.0, step)
+        if turned_back := step < -self.jump:
+            step = 0.0
+        self.ran += step
         if not self._readings or now - self._readings[-1].steady >= TICK:
             self._readings.append(self.mark(now))
-        return step < -self.jump
+        while len(self._readings) > 2 and now - self._readings[1].steady >= SPEED:
+            self._readings.popleft()
+        return turned_back
 
     def mark(self, now: float) -> _Mark:
         return _Mark(now, self.ran)
@@ -83,7 +87,7 @@ class _Clocks:
 
     def age(self, mark: _Mark, now: float) -> float:
         """s since then: by /clock where the node lives by it."""
-        return now - mark.steady if self.ros is None or self.dead() else self.ran - mark.ran
+        return now - mark.steady if self.ros is None or self.dead() else max(0.0, self.ran - mark.ran)
 
     def silence(self, mark: _Mark, now: float) -> float:
         """s since then by either clock, whichever says less."""
