@@ -1,7 +1,6 @@
 """/diagnostics tells the truth over real DDS while a recording is slow, fast, paused and begins anew."""
 
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -70,15 +69,9 @@ class Player:
 @pytest.fixture(scope="module")
 def player():
     with pytest.MonkeyPatch.context() as patch:
-        network = Network()
-        # a small grid, for the same reason
-        network.config = replace(network.config, grid=Grid((-8.0, -8.0, -1.0), (0.8, 0.8, 0.8), (20, 20, 8)))
-        stage = Stage(patch, 93, network, reliable_images=True, camera_rate=RATE, set_deadline=0.2)
-        try:
-            stage.start()
-            yield Player(stage)
-        finally:
-            stage.close()
+        network = Network(grid=Grid((-8.0, -8.0, -1.0), (0.8, 0.8, 0.8), (20, 20, 8)))  # small, for the same reason
+        with Stage(patch, 93, network, reliable_images=True, camera_rate=RATE, set_deadline=0.2) as stage:
+            yield Player(stage.start())
 
 
 def worst(reports) -> int:
@@ -150,5 +143,7 @@ def test_a_second_node_of_the_same_name_is_a_warning_until_it_goes(player):
     player.stage.until(lambda: "nodes" not in whole())
     other = rclpy.create_node("occflow", context=player.stage.context)
     player.stage.until(lambda: "2 nodes are named /occflow" in whole())
+    player.play(1.0, 0.5)
+    assert sum("2 nodes are named" in line for line in player.stage.lines) == 1
     other.destroy_node()
     player.stage.until(lambda: "nodes" not in whole())

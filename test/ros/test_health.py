@@ -154,6 +154,21 @@ def test_fewer_cameras_than_a_set_needs_are_counted_at_once_and_stay_the_reason(
     assert set(level(health, 14.1).values()) == {OK}
 
 
+def test_a_camera_whose_images_are_refused_is_not_one_of_those_a_set_needs():
+    health = active(least=2)
+    go_on(health, 0.0, 10.0)
+    health.refused("a", 10.0, "frozen: same picture", "/a/image: refused")
+    assert "1 of 2 cameras, expected at least 2" in health.report(10.0)[0].message
+
+
+def test_a_stamp_that_comes_again_is_no_faster_camera():
+    health = active()
+    for k in range(50):
+        for _ in range(2):
+            health.image("a", k / 10, k * NANO // 10)
+    assert health.report(4.9)[1].values["rate Hz"] == 10.0
+
+
 def test_an_old_loss_does_not_explain_a_new_silence():
     health = active()
     health.dropped("sets", "no LiDAR scan", "/lidar: a set was refused")
@@ -245,6 +260,29 @@ def test_no_clock_at_all_is_said_and_does_not_hide_silence():
     assert [s.level for s in health.report(13.9)] == [WARN, ERROR, OK]
 
 
+def test_a_recording_that_begins_long_after_the_node_is_no_fault():
+    bag = Bag(1.0)
+    for k in range(100):
+        bag.steady = k / 10
+        bag.health.clock(bag.steady, 0.0)
+    assert {s.level for s in bag.report()} == {WARN}
+    bag.wait(0.5, rate=1.0)
+    assert bag.worst == WARN and bag.report()[0].values["clock speed"] < 1.0
+    bag.play(3.0)
+    assert {s.level for s in bag.report()} == {OK}
+
+
+def test_images_about_the_ends_of_a_pause_do_not_make_the_clock_dead():
+    bag = Bag(1.0)
+    bag.play(5.0)
+    bag.health.image("a", bag.steady, round(bag.ros * NANO))  # sent before the pause, heard in it
+    bag.wait(10.0)
+    assert bag.worst == WARN
+    bag.health.image("a", bag.steady, round(bag.ros * NANO) + 1)  # heard before /clock is
+    bag.look()
+    assert bag.worst == WARN and "paused" in bag.report()[0].message
+
+
 @pytest.mark.parametrize("rate", [0.5, 1.0, 2.0])
 def test_a_new_lap_is_no_fault(rate):
     """The clock runs on for a second without images at the end, and runs for one before the first."""
@@ -321,6 +359,7 @@ def test_a_camera_whose_images_are_refused_is_a_warning_at_once_an_error_when_it
         health.refused("a", k / 10, "frozen: same picture", sentence)
         go_on(health, k / 10, k / 10, ["b"])
         told = health.report(k / 10)[1]
+        assert k > 120 or told.message.startswith("the latest image was refused")
         assert told.level == (WARN if k <= 120 else ERROR) and sentence in told.message
     assert told.values["dropped: frozen: same picture"] == 39
     assert level(health, 13.9) == {"occupancy": WARN, "a": ERROR, "b": OK}
