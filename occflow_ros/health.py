@@ -1,21 +1,32 @@
-"""What the node knows about itself: rates, ages, drops by reason, latencies. No rclpy; the caller brings the clock.
+"""What the node knows about itself: rates, ages, drops by reason, latencies. No rclpy; the caller brings the clocks.
 
-Thread-safe: callbacks and the worker both report here. Times are seconds of a steady clock, so that pauses, jumps and
-replay rates of the ROS clock do not look like faults.
+Thread-safe: callbacks and the worker both report here. `now` is always s of the steady clock, so that a ROS clock that
+died is noticed. `clock` brings what /clock says beside it, so that a bag that is paused, slow or begins anew is no
+fault: silent is who is silent by both.
 """
 
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from occflow_core.types import NANO
+
 OK, WARN, ERROR, STALE = range(4)  # levels of diagnostic_msgs/DiagnosticStatus
 LIDAR = "LiDAR"  # its name among the cameras'
-WINDOW = 300  # latest values kept for rates and percentiles
+WINDOW = 300  # latest values kept for percentiles
+RATED = 60  # latest stamps a rate is of: 5 s at 12 Hz
+LATE = 3.0  # of a sensor's own periods: the silence that is said at once; less is jitter
+GONE = 10.0  # s without output until it is STALE: even at 4 m/s the car has by then left the 40 m it last looked ahead
+STILL = 1.5  # s that /clock may stand still: some publish it once a second
+SPEED = 3.0  # s over which the speed of /clock is measured
+PAUSED = "paused"
+TICK = 0.1  # s from one kept reading of /clock to the next
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,78 @@ class Status:
     values: dict[str, object]
 
 
+class _Mark(NamedTuple):
+    """A moment on both clocks."""
+
+    steady: float  # s
+    ran: float  # s that /clock had run until then
+
+
+class _Clocks:
+    """The steady clock, and /clock where the node lives by it. Not thread-safe."""
+
+    def __init__(self, jump: float):
+        self.jump = jump
+        self.ros: float | None = None  # s, what /clock said last; None: the node does not live by it
+        self.ran = 0.0  # s that /clock has run, without its jumps back
+        self.moved = 0.0  # s, steady: when it was first seen to say what it says
+        self._heard: tuple[float, float] | None = None  # s, steady: of the messages since, first and last of a run
+        self._readings: deque[_Mark] = deque()
+
+    def tick(self, now: float, ros: float | None) -> bool:
+        """Takes a reading; was the clock turned back?"""
+        before, self.ros = self.ros, ros
+        if ros is None:
+            self._readings.clear()
+            return False
+        if ros != before:
+            self.moved, self._heard = now, None
+        step = ros - before if before else 0.0  # 0 is no time: /clock did not run from there to its first message
+        if turned_back := step < -self.jump:
+            step = 0.0
+        self.ran += step
+        if not self._readings or now - self._readings[-1].steady >= TICK:
+            self._readings.append(self.mark(now))
+        while len(self._readings) > 2 and now - self._readings[1].steady >= SPEED:
+            self._readings.popleft()
+        return turned_back
+
+    def mark(self, now: float) -> _Mark:
+        return _Mark(now, self.ran)
+
+    def hear(self, now: float) -> None:
+        """A message came."""
+        first, last = self._heard or (now, now)
+        self._heard = (first if now - last <= STILL else now, now)
+
+    def dead(self) -> bool:
+        """Does /clock stand still while messages go on? A few as it stops, or as it runs on, do not count."""
+        return self.ros is not None and self._heard is not None and self._heard[1] - self._heard[0] > STILL
+
+    def age(self, mark: _Mark, now: float) -> float:
+        """s since then: by /clock where the node lives by it."""
+        return now - mark.steady if self.ros is None or self.dead() else max(0.0, self.ran - mark.ran)
+
+    def silence(self, mark: _Mark, now: float) -> float:
+        """s since then by either clock, whichever says less."""
+        return min(now - mark.steady, self.age(mark, now))
+
+    def speed(self) -> float | None:
+        """s of /clock in a steady second, lately."""
+        if not self._readings or (span := self._readings[-1].steady - self._readings[0].steady) <= 0:
+            return None
+        return (self._readings[-1].ran - self._readings[0].ran) / span
+
+    def doubt(self, now: float) -> str:
+        """What is wrong with /clock; "" where nothing is."""
+        if self.ros is None or now - self.moved <= STILL:
+            return ""
+        if self.ros == 0:
+            return "no /clock yet, though use_sim_time is on"
+        still = f"/clock has stood still for {now - self.moved:.1f} s"
+        return f"{still}, though messages come" if self.dead() else f"{PAUSED}: {still}"
+
+
 class Health:
     def __init__(
         self,
@@ -33,35 +116,74 @@ class Health:
         model_name: str,
         quiet: float = 2.0,  # s of silence that is a fault
         lidar: bool = False,  # whether the model needs one: it is told of under the name LIDAR
+        least: int = 1,  # cameras without which no set is answered
+        jump: float = 1.0,  # s: a stamp, or /clock, that goes back by more was turned back
     ):
         self.cameras, self.model_name, self.quiet = tuple(cameras), model_name, quiet
         self.sensors = (*self.cameras, LIDAR) if lidar else self.cameras
-        self.active = True  # an inactive node is silent on purpose
+        self.least, self.gone = least, max(GONE, 2 * quiet)
+        self.active = False  # an inactive node is silent on purpose
         self._lock = threading.Lock()
-        self._arrivals: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in self.sensors}
-        self._used: dict[str, float] = {}
+        self._clocks = _Clocks(jump)
         self._drops: dict[str, Counter[str]] = {name: Counter() for name in (*self.sensors, "sets")}
+        self._lost = 0  # sets that the collector gave to nobody
         self._latest_drop: dict[str, str] = {}
-        self._refused: set[str] = set()  # whose latest message was refused
         self._doubts: dict[str, str] = {}
         self._latencies: dict[str, deque[float]] = {}
-        self._counts: Counter[str] = Counter()
+        self._counts = Counter(dict.fromkeys(("sets complete", "sets partial", "sets skipped", "messages out"), 0))
         self._said: dict[str, float] = {}
+        self._lap = self._clocks.mark(-np.inf)  # when /clock was last turned back
         self._told: dict[str, object] = {}
-        self._served: float | None = None
-        self._idle: float | None = None
         self._failure = ""
+        self._begin(0.0)
 
-    def image(self, camera: str, now: float) -> None:
-        """An image of a camera, or a scan of the LiDAR, came and can be used as far as anybody knows."""
+    def _begin(self, now: float) -> None:
+        self._activated = self._clocks.mark(now)
+        self._stamps: dict[str, deque[int]] = {name: deque(maxlen=RATED) for name in self.sensors}
+        self._began: dict[str, _Mark] = {}  # when a sensor was heard after silence
+        self._arrived: dict[str, _Mark] = {}
+        self._used: dict[str, _Mark] = {}
+        self._served: _Mark | None = None
+        self._idle = False  # whether the newest set was not answered, as nobody listened
+        self._missing: set[str] = set()  # from the newest set that was answered
+        self._refused: set[str] = set()  # whose latest message was refused
+
+    def activate(self, now: float) -> None:
+        """From now on silence is a fault; counts go on, what was heard before is forgotten."""
         with self._lock:
-            self._arrivals[camera].append(now)
+            self._begin(now)
+            self.active = True
+
+    def clock(self, now: float, ros: float | None) -> None:
+        """What /clock says, s; 0 before it said anything, None where the node does not live by it (no use_sim_time).
+
+        To be brought before each message and each report: what it did between two calls is not seen.
+        """
+        with self._lock:
+            if not self._clocks.tick(now, ros):
+                return
+            # a lap ends and begins without images: whoever spoke in the last one has the time anew, once
+            lap, before = self._clocks.mark(now), self._lap
+            for marks in (self._began, self._arrived, self._used):
+                marks.update((name, lap) for name, mark in marks.items() if mark > before)
+            if self._served is not None and self._served > before:
+                self._served = lap
+            self._lap = lap
+
+    def image(self, camera: str, now: float, stamp: int) -> None:
+        """An image of a camera, or a scan of the LiDAR, of `stamp` ns came and can be used as far as anybody knows."""
+        with self._lock:
+            stamps, mark = self._stamps[camera], self._clocks.mark(now)
+            if camera not in self._arrived or self._clocks.silence(self._arrived[camera], now) > self.quiet:
+                self._began[camera] = mark
+            # a gap, or another lap: the rate is that of what came since
+            if stamps and not -self._clocks.jump <= (stamp - stamps[-1]) / NANO <= self.quiet:
+                stamps.clear()
+            if not stamps or stamp != stamps[-1]:
+                stamps.append(stamp)
+            self._arrived[camera] = mark
             self._refused.discard(camera)
-
-    def used(self, camera: str, now: float) -> None:
-        """An image of this camera, or the LiDAR's scan, went into an output: arriving is not enough."""
-        with self._lock:
-            self._used[camera] = now
+            self._clocks.hear(now)
 
     def dropped(self, what: str, reason: str, sentence: str = "") -> None:
         """Counts a loss; `what` is a camera's name, LIDAR or "sets". The sentence, if any, is shown with the counts."""
@@ -70,27 +192,34 @@ class Health:
             if sentence:
                 self._latest_drop[what] = sentence
 
-    def refused(self, sensor: str, reason: str, sentence: str) -> None:
+    def refused(self, sensor: str, now: float, reason: str, sentence: str) -> None:
         """Counts a message that was refused as it came: the sensor is not well until one is not."""
         self.dropped(sensor, reason, sentence)
         with self._lock:
             self._refused.add(sensor)
+            self._clocks.hear(now)
 
     def explain(self, what: str, sentence: str) -> None:
         """Why a sensor, or "sets", may be silent, where nothing was lost that could be counted."""
         with self._lock:
             self._latest_drop[what] = sentence
 
-    def doubted(self, sensor: str, sentence: str) -> None:
-        """A sensor works, but something about it is not as it should be, and is a warning; "" takes it back."""
+    def doubted(self, what: str, sentence: str) -> bool:
+        """A sensor, or something else by its name, works and is not as it should be: a warning; "" takes it back.
+
+        Is it a new one?
+        """
         with self._lock:
-            self._doubts[sensor] = sentence
+            new = bool(sentence) and self._doubts.get(what) != sentence
+            self._doubts[what] = sentence
+            return new
 
     def collected(self, drops: Counter) -> None:
         """Takes over the collector's own counts, which are totals: (camera index or None, reason) -> count."""
         with self._lock:
             for (camera, reason), count in drops.items():
                 self._drops["sets" if camera is None else self.cameras[camera]][reason] = count
+            self._lost = sum(count for (camera, _), count in drops.items() if camera is None)
 
     def count(self, what: str) -> None:
         """One more of: sets complete, sets partial, sets skipped, messages out, clock jumps, ..."""
@@ -106,16 +235,19 @@ class Health:
         with self._lock:
             self._latencies.setdefault(stage, deque(maxlen=WINDOW)).append(seconds)
 
-    def served(self, now: float) -> None:
-        with self._lock:
-            self._counts["messages out"] += 1
-            self._served = now
+    def served(self, now: float, sensors: Iterable[str], heard: bool = True) -> None:
+        """A set was done with; what of these sensors went into it was used: arriving is not enough.
 
-    def idle(self, now: float) -> None:
-        """A set came that nobody would have heard the answer of."""
+        heard: an output left; else nobody would have listened, and none was made.
+        """
         with self._lock:
-            self._counts["sets nobody listened to"] += 1
-            self._idle = now
+            self._counts["messages out" if heard else "sets nobody listened to"] += 1
+            self._served, self._idle = self._clocks.mark(now), not heard
+            self._missing = {*self.sensors} - {*sensors}
+            for name in {*sensors}:
+                self._used[name] = self._served
+                self._latest_drop.pop(name, None)  # what was lost before it explains no later silence
+            self._latest_drop.pop("sets", None)
 
     def fail(self, sentence: str) -> None:
         """What the node cannot go on with."""
@@ -150,58 +282,96 @@ class Health:
 
     def report(self, now: float) -> list[Status]:
         """One status for the whole, one a camera, one for the LiDAR where it is needed."""
+        stages = self.latencies_ms().items()
+        latencies = {f"{stage} {p} ms": ms for stage, percentiles in stages for p, ms in percentiles.items()}
         with self._lock:
             statuses = [self._sensor(name, now) for name in self.sensors]
-            doubts = [self._doubts[name] for name in self.sensors if self._doubts.get(name)]
-            silent = [s.name for s in statuses if s.level != OK and s.message != self._doubts.get(s.name)]
-            values: dict[str, object] = {"model": self.model_name, **self._told, **self._counts}
+            values = {"model": self.model_name, **self._told, **self._clock_values(now), **self._counts}
             values |= {f"sets dropped: {reason}": n for reason, n in self._drops["sets"].items()}
-            active = self.active
-            done = max((t for t in (self._served, self._idle) if t is not None), default=None)
-            since, idle = None if done is None else now - done, done is not None and done == self._idle
-            failure = self._failure
-        for stage, percentiles in self.latencies_ms().items():
-            values |= {f"{stage} {p} ms": value for p, value in percentiles.items()}
-        if failure:
-            level, message = ERROR, failure
-        elif not active:
-            level, message = OK, "inactive"
-        elif since is None:
-            level, message = WARN, f"no output yet{self._why('sets')}"
-        elif since > self.quiet:
-            level, message = ERROR, f"no output for {since:.1f} s{self._why('sets')}"
-        elif silent:
-            level, message = WARN, f"running without {', '.join(silent)}"
-        elif doubts:
-            level, message = WARN, "; ".join(doubts)
-        else:
-            level, message = OK, "idle: nobody listens" if idle else "running"
-        return [Status("occupancy", level, message, values), *statuses]
+            if sets := self._counts["sets complete"] + self._counts["sets partial"] + self._lost:
+                values["share of sets answered"] = round(self._counts["messages out"] / sets, 3)
+            level, message = self._whole(statuses, now)
+        return [Status("occupancy", level, message, values | latencies), *statuses]
+
+    def _clock_values(self, now: float) -> dict[str, object]:
+        values: dict[str, object] = {"use_sim_time": str(self._clocks.ros is not None).lower()}
+        if (speed := self._clocks.speed()) is not None:
+            values["clock speed"] = round(speed, 2)
+        if self.active:
+            values["active s"] = round(now - self._activated.steady, 1)
+        return values
+
+    def _whole(self, statuses: list[Status], now: float) -> tuple[int, str]:
+        if self._failure:
+            return ERROR, self._failure
+        if not self.active:
+            return OK, "inactive"
+        clock, doubts = self._clocks.doubt(now), [doubt for doubt in self._doubts.values() if doubt]
+        here = sum(not self._late(name, now) and name not in self._refused for name in self.cameras)
+        few = f"{here} of {len(self.cameras)} cameras, expected at least {self.least}" if here < self.least else ""
+        silence = self._clocks.silence(self._served or self._activated, now)
+        if self._served is None or silence > self.quiet:
+            level = WARN if silence <= self.quiet else ERROR if silence <= self.gone else STALE
+            message = "no output yet" if self._served is None else f"no output for {silence:.1f} s"
+            latest = self._latest_drop.get("sets")
+            reasons = [reason for reason in (clock, few, latest and f"latest: {latest}") if reason]
+            return level, "; ".join([f"{message} ({'; '.join(reasons)})" if reasons else message, *doubts])
+        absent = [s.name for s in statuses if s.level != OK and s.message != self._doubts.get(s.name)]
+        without = f"running without {', '.join(absent)}" if absent else ""
+        warnings = [warning for warning in (clock, few, without, *doubts) if warning]
+        return (WARN, "; ".join(warnings)) if warnings else (OK, "idle: nobody listens" if self._idle else "running")
 
     def _sensor(self, name: str, now: float) -> Status:
-        thing = "scan" if name == LIDAR else "image"
-        arrivals, used = self._arrivals[name], self._used.get(name)
         values: dict[str, object] = {f"dropped: {reason}": n for reason, n in self._drops[name].items()}
-        if arrivals:
-            span = arrivals[-1] - arrivals[0]
-            rate = round((len(arrivals) - 1) / span, 2) if span > 0 else ""
-            values |= {"rate Hz": rate, "age s": round(now - arrivals[-1], 3)}
+        arrived = self._arrived.get(name)
+        silence = self._clocks.silence(arrived or self._activated, now)
+        if arrived is not None:
+            rate = 0.0 if silence > self.quiet else self._rate(name)
+            values["rate Hz"] = "" if rate is None else round(rate, 2)
+            values["age s"] = round(self._clocks.age(arrived, now), 3)
         if not self.active:
             return Status(name, OK, "inactive", values)
-        if not arrivals:
-            return Status(name, WARN, f"no {thing} yet{self._why(name)}", values)
-        if now - arrivals[-1] > self.quiet:
-            return Status(name, ERROR, f"no {thing} for {now - arrivals[-1]:.1f} s{self._why(name)}", values)
-        if used is None or now - used > self.quiet:
-            return Status(name, ERROR, f"{thing}s come, none of them can be used{self._why(name)}", values)
-        if name in self._refused:  # before `quiet` has passed: whoever reads this need not wait to know it
-            return Status(name, WARN, f"the latest {thing} was refused{self._why(name)}", values)
+        level, message = self._fault(name, silence, now)
+        if level != OK:
+            latest = self._latest_drop.get(name)
+            return Status(name, level, f"{message} (latest: {latest})" if latest else message, values)
         if self._doubts.get(name):
             return Status(name, WARN, self._doubts[name], values)
-        return Status(name, OK, "running", values)
+        return Status(name, OK, PAUSED if self._clocks.doubt(now).startswith(PAUSED) else "running", values)
 
-    def _why(self, what: str) -> str:
-        return f" (latest: {self._latest_drop[what]})" if what in self._latest_drop else ""
+    def _fault(self, name: str, silence: float, now: float) -> tuple[int, str]:
+        thing = "scan" if name == LIDAR else "image"
+        if name not in self._arrived:
+            return ERROR if silence > self.quiet else WARN, f"no {thing} yet"
+        if silence > self.quiet:
+            return ERROR, f"no {thing} for {silence:.1f} s"
+        began, used = self._began[name], self._used.get(name)
+        unused = self._clocks.silence(began if used is None else max(began, used), now)
+        if unused > self.quiet:
+            return ERROR, f"{thing}s come, none of them was used for {unused:.1f} s"
+        # from here on it is said before `quiet` has passed: whoever reads it need not wait to know
+        if name in self._refused:
+            return WARN, f"the latest {thing} was refused"
+        if self._late(name, now):
+            return WARN, f"no {thing} for {silence:.2f} s"
+        if used is None or used < began:
+            return WARN, f"{thing}s come, none of them was used yet"
+        if name in self._missing:
+            return WARN, "missing from the newest set"
+        return OK, ""
+
+    def _rate(self, name: str) -> float | None:
+        """Hz, from the stamps: the sensor's own, however fast a recording is played."""
+        stamps = self._stamps[name]
+        span = (max(stamps) - min(stamps)) / NANO if stamps else 0.0
+        return (len(stamps) - 1) / span if span > 0 else None
+
+    def _late(self, name: str, now: float) -> bool:
+        """Should more of a sensor have come by now?"""
+        if name not in self._arrived:
+            return True
+        silence, rate = self._clocks.silence(self._arrived[name], now), self._rate(name)
+        return silence > (self.quiet if rate is None else min(self.quiet, LATE / rate))
 
 
 def resident_mb() -> float | None:

@@ -141,8 +141,8 @@ class OccupancyNode(LifecycleNode):
             torch.set_num_threads(s.threads)
         self._load()
         sweeps = self._model.system.config.sweeps
-        self.health = Health(s.cameras, self._model.name, max(2.0, 3.0 / s.camera_rate), lidar=sweeps > 0)
-        self.health.active = False
+        quiet = max(2.0, 3.0 / s.camera_rate)
+        self.health = Health(s.cameras, self._model.name, quiet, sweeps > 0, s.min_cameras, s.clock_jump)
         self.health.tell("trained", str(self._model.trained).lower())
         self.health.tell("weights SHA-256", (self._model.weights or "none: random")[:HASH])
         self._transforms = TransformBuffer(jump=s.clock_jump)
@@ -241,7 +241,7 @@ class OccupancyNode(LifecycleNode):
         self._deadlines.cancel()
         self._activated.append((self.destroy_timer, self._deadlines))
         self._worker.start()
-        self.health.active = True
+        self.health.activate(self._tick())
         scans = "" if self._scans is None else f", for scans on {s.lidar_topic}"
         self.get_logger().info(f"active: waiting for images on {', '.join(c.image_topic for c in s.camera)}{scans}")
 
@@ -359,7 +359,7 @@ class OccupancyNode(LifecycleNode):
         return _qos(self.settings.image_depth, self.settings.reliable_images)
 
     def _on_image(self, message: Image | CompressedImage, camera: int, name: str) -> None:
-        settings, now = self.settings.camera[camera], time.monotonic()
+        settings, now = self.settings.camera[camera], self._tick()
         known = self._calibrations[camera]
         try:
             if known is None:
@@ -382,12 +382,13 @@ class OccupancyNode(LifecycleNode):
         except Refused as refused:
             self._refuse(name, settings.image_topic, refused)
             return
-        self.health.image(name, now)
+        self.health.image(name, now, stamp)
         lap = self._collector.lap
         self._post(self._collector.add(camera, stamp, Shot(picture, known), now), now)
         if self._collector.waiting and self._deadlines.is_canceled():
             self._deadlines.reset()
         if self._collector.lap != lap:
+            self._latest_set = None  # of the lap before: TF has no age beside it
             self.health.count("clock jumps")
             self._say("lap", "stamps went back: open sets and memory are forgotten, a new lap begins")
 
@@ -405,12 +406,13 @@ class OccupancyNode(LifecycleNode):
         self._say(f"{topic} QoS", sentence)
 
     def _on_cloud(self, message: PointCloud2) -> None:
+        now = self._tick()
         try:
             self._scans.add(convert.cloud(message))
         except Refused as refused:
             self._refuse(LIDAR, self._scans.topic, refused)
             return
-        self.health.image(LIDAR, time.monotonic())
+        self.health.image(LIDAR, now, convert.nanoseconds(message.header.stamp))
 
     def _on_info(self, message: CameraInfo, camera: int, name: str) -> None:
         settings = self.settings.camera[camera]
@@ -473,9 +475,14 @@ class OccupancyNode(LifecycleNode):
         for sensor in {*self._sources.values()}:
             several = [f"{n} publishers on {t}" for t, n in publishers.items() if n > 1 and self._sources[t] == sensor]
             self.health.doubted(sensor, ", ".join(several))
-        report = self.health.report(time.monotonic())
+        name = self.get_fully_qualified_name()
+        same = sum(f"{space.rstrip('/')}/{node}" == name for node, space in self.get_node_names_and_namespaces())
+        sentence = f"{same} nodes are named {name}: what they say is mixed" if same > 1 else ""
+        if self.health.doubted("name", sentence):
+            self._say("name", sentence)
+        report = self.health.report(self._tick())
         stamp = self.get_clock().now().nanoseconds
-        self._out_diagnostics.publish(convert.diagnostics(stamp, self.get_fully_qualified_name(), report))
+        self._out_diagnostics.publish(convert.diagnostics(stamp, name, report))
 
     def _beat(self) -> None:
         """Alive: the executor, since it came here, and the worker. The message is the node's lifecycle state."""
@@ -495,16 +502,31 @@ class OccupancyNode(LifecycleNode):
         if device is not None and device.type == "cuda":
             facts["CUDA memory MB"] = round(torch.cuda.memory_allocated(device) / 1e6, 1)
             facts["CUDA memory reserved MB"] = round(torch.cuda.memory_reserved(device) / 1e6, 1)
-        newest = self._transforms.newest(self.settings.fixed_frame, self.settings.base_frame)
-        if newest is None or self._latest_set is None:
-            facts["TF age s"] = "none"
-        else:  # below zero: TF is ahead of the images, as it should be
-            facts["TF age s"] = round((self._latest_set - newest) / NANO, 3)
+        facts["TF age s"] = self._transform_age()
+        facts["lap"] = "none" if self._collector is None else self._collector.lap
         return facts
+
+    def _transform_age(self) -> float | str:
+        """s that TF is behind the newest set; below zero it is ahead, as it should be. "none" where there is none, or
+        where /clock was turned back and one of the two is still of the lap before."""
+        newest, latest = self._transforms.newest(self.settings.fixed_frame, self.settings.base_frame), self._latest_set
+        if newest is None or latest is None:
+            return "none"
+        clock = self.get_clock()
+        now = clock.now().nanoseconds if clock.ros_time_is_active else 0  # 0 too while there is no /clock
+        if now and max(newest, latest) > now + self.settings.clock_jump * NANO:
+            return "none"
+        return round((latest - newest) / NANO, 3)
+
+    def _tick(self) -> float:
+        """The steady clock, s; `health` is told what /clock says beside it."""
+        now, clock = time.monotonic(), self.get_clock()
+        self.health.clock(now, clock.now().nanoseconds / NANO if clock.ros_time_is_active else None)
+        return now
 
     def _refuse(self, camera: str, topic: str, refused: Refused) -> None:
         sentence = f"{topic}: refused: {refused}"
-        self.health.refused(camera, refused.reason, sentence)
+        self.health.refused(camera, time.monotonic(), refused.reason, sentence)
         self._say(f"{camera} {refused.reason}", sentence)
 
     def _say(self, key: str, sentence: str) -> None:
@@ -530,9 +552,7 @@ class OccupancyNode(LifecycleNode):
 
     def _answer(self, pipeline: Pipeline, letter: Letter) -> None:
         if self.settings.lazy and not self._listened():
-            now = time.monotonic()
-            self.health.idle(now)
-            self._used(letter.images, now)
+            self.health.served(time.monotonic(), self._used(letter.images), heard=False)
             return
         begin = time.perf_counter()
         try:
@@ -569,18 +589,15 @@ class OccupancyNode(LifecycleNode):
     def _listened(self) -> bool:
         return any(p.get_subscription_count() for p in (self._out, self._out_points, self._out_markers))
 
-    def _used(self, images: ImageSet, now: float) -> None:
-        for name, shot in zip(self.settings.cameras, images.pictures, strict=True):
-            if shot is not None:
-                self.health.used(name, now)
-        if self._scans is not None:
-            self.health.used(LIDAR, now)  # without a scan no set is served
+    def _used(self, images: ImageSet) -> list[str]:
+        """The sensors of a set, as `health` calls them; without a scan no set is served, where there is a LiDAR."""
+        used = [name for name, shot in zip(self.settings.cameras, images.pictures, strict=True) if shot is not None]
+        return used if self._scans is None else [*used, LIDAR]
 
     def _served(self, served: Served, letter: Letter) -> None:
         now = time.monotonic()
         self.health.took("latency", now - letter.arrived)
-        self.health.served(now)
-        self._used(served.images, now)
+        self.health.served(now, self._used(served.images))
         self._publish_times(served.images.stamp, now)
 
     def _publish_times(self, stamp: int, now: float) -> None:

@@ -33,7 +33,7 @@ from occflow_core.voxelflow import unpack  # noqa: E402
 from occflow_ros.health import ERROR, OK, WARN  # noqa: E402
 
 pytestmark = [pytest.mark.dds, pytest.mark.timeout(120)]
-DOMAIN = 93
+DOMAIN = 1 + os.getpid() % 92  # of this process alone, so that parallel runs do not hear each other
 ALL = 0b111111
 
 
@@ -614,13 +614,16 @@ class Process:
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def drive_until_answered(self, seconds: float = 60.0) -> None:
-        stage, end = self.stage, time.monotonic() + seconds
-        heard = len(stage.heard.messages)
-        while len(stage.heard.messages) == heard and time.monotonic() < end:
+        stage, end, begun = self.stage, time.monotonic() + seconds, self.stage.stamp
+
+        def answered():  # not by one that was here before
+            return bool(stage.heard.stamps) and stage.heard.stamps[-1] > begun
+
+        while not answered() and time.monotonic() < end:
             for name in CAMERAS:
                 stage.car.info(name)
             stage.drive(1)
-        assert len(stage.heard.messages) > heard
+        assert answered()
 
     def end(self, word: int) -> tuple[int, str]:
         self.process.send_signal(word)

@@ -133,8 +133,8 @@ def test_two_publishers_on_one_topic_are_a_warning_until_one_goes(active):
         return active.node.health.report(1.0)[1].message
 
     first, second = (active.other.create_publisher(CompressedImage, FRONT, 1) for _ in range(2))
-    active.node.health.image("cam_front", 1.0)
-    active.node.health.used("cam_front", 1.0)
+    active.node.health.image("cam_front", 1.0, 10**9)
+    active.node.health.served(1.0, ["cam_front"])
     active.until(lambda: camera() == f"2 publishers on {FRONT}")
     active.other.destroy_publisher(second)
     active.until(lambda: camera() == "running")

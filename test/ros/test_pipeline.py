@@ -44,6 +44,7 @@ def rig(scans, said):
         pose[0, 3] = 600.0 + 1.0 * k
         transforms.add("map", "base_link", START + 100 * k * MS, pose, static=False)
     health, stream = Health(["camera"], "net", lidar=True), Asked()
+    health.activate(0.0)
     say = lambda key, sentence: said.append(sentence)  # noqa: E731
     names = ["camera"], ["/camera/image"]
     return Pipeline(*names, transforms, stream, health, "map", "base_link", 0.0, 1, say, scans), health, stream
