@@ -42,10 +42,9 @@ from visualization_msgs.msg import MarkerArray
 from occflow_core.runtime import Stream, load
 from occflow_core.types import NANO
 
-from . import convert, parameters
+from . import convert, frames, parameters
 from .assemble import Calibration, Collector, ImageSet, Mailbox, Scans, Shot, Watch
 from .convert import Refused
-from .frames import TransformBuffer
 from .health import LIDAR, Health, resident_mb
 from .parameters import ParameterProblem, Settings
 from .pipeline import Pipeline, Served
@@ -145,7 +144,7 @@ class OccupancyNode(LifecycleNode):
         self.health.active = False
         self.health.tell("trained", str(self._model.trained).lower())
         self.health.tell("weights SHA-256", (self._model.weights or "none: random")[:HASH])
-        self._transforms = TransformBuffer(jump=s.clock_jump)
+        self._transforms = frames.buffer(jump=s.clock_jump)
         self._calibrations = [None] * len(s.cameras)
         self._out = self._offer(_message("occflow_msgs", "VoxelFlow"), "~/occupancy")
         self._out_points = self._offer(PointCloud2, "~/points")
@@ -184,7 +183,10 @@ class OccupancyNode(LifecycleNode):
         self._configured.append((self.destroy_publisher, self._out_heartbeat))
         timer = self.create_timer(BEAT, self._guarded(self._beat), clock=steady, callback_group=self._known)
         self._configured.append((self.destroy_timer, timer))
-        self.get_logger().info(f"configured: {self._model.name} on {self._model.device}, {len(s.cameras)} cameras")
+        self.get_logger().info(
+            f"configured: {self._model.name} on {self._model.device}, {len(s.cameras)} cameras, "
+            f"poses of TF kept by {self._transforms.source}"
+        )
         if not self._model.trained:
             self.get_logger().warning(f"{self._model.name}: random weights, what is published means nothing")
 
