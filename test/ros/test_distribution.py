@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from occflow_core.geometry import rigid
-from occflow_ros import frames
+from occflow_ros import approximate, frames
+from occflow_ros.approximate import Approximate, DistributionMatcher, Matcher
 from occflow_ros.frames import DistributionPoses, Poses, TransformBuffer, TransformError
 
 S = 1_000_000_000
+MS = 1_000_000
 ABSENT = "comes with a ROS distribution, not from PyPI"
 
 
@@ -127,3 +129,56 @@ def test_without_tf2_the_node_s_buffer_is_our_own(monkeypatch):
     monkeypatch.setitem(sys.modules, "tf2_py", None)
     buffer = frames.buffer(keep=3.0, jump=0.5)
     assert (buffer.source, buffer.keep, buffer.jump) == ("ourselves", 3 * S, S // 2)
+
+
+@pytest.fixture
+def message_filters():
+    return pytest.importorskip("message_filters", reason=f"message_filters {ABSENT}")
+
+
+def stream(rng: random.Random, cameras: int) -> list[tuple[int, int]]:
+    """(camera, stamp) as they arrive: loss, jitter, disorder, repetition, a silent camera, a clock turned back."""
+    events, begin = [], 1000 * S
+    for _ in range(rng.randint(1, 3)):
+        jitter, delay, lost = rng.choice([0, 5, 40]) * MS, rng.choice([0.0, 0.03, 0.3]), rng.choice([0.0, 0.02, 0.2])
+        silent, since = rng.randrange(2 * cameras), rng.randint(0, 40)
+        lap = []
+        for k in range(40):
+            for camera in range(cameras):
+                if rng.random() < lost or (camera == silent and k >= since):
+                    continue
+                stamp = begin + k * 83 * MS + camera * 7 * MS + rng.randint(-jitter, jitter)
+                stamp -= stamp % (10 * MS) if jitter else 0  # ties: two images that are equally near
+                for _ in range(1 + (rng.random() < 0.05)):
+                    lap.append((k * 0.083 + rng.uniform(0, delay), camera, stamp))
+        events += [(camera, stamp) for _, camera, stamp in sorted(lap)]
+        begin += rng.choice([-500, -1, 5]) * S
+    return events
+
+
+def test_message_filters_and_our_matcher_make_the_same_sets(message_filters, monkeypatch):
+    total = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        cameras, queue, slop = rng.randint(1, 4), rng.randint(1, 12), rng.choice([0.01, 0.02, 0.03, 0.05, 0.1, 0.29])
+        offsets = [c * rng.choice([0.0, 0.007]) for c in range(cameras)]
+        both = []
+        for kind in (Matcher, DistributionMatcher):
+            monkeypatch.setattr(approximate, "matcher", lambda kind=kind: kind)
+            both.append(Approximate(cameras, queue, slop, offsets))
+        for i, (camera, stamp) in enumerate(stream(rng, cameras)):
+            ours, theirs = (gatherer.add(camera, stamp, i, 0.0) for gatherer in both)
+            assert ours == theirs, f"seed {seed}, image {i}"
+            total += len(ours)
+        assert both[0].dropped == both[1].dropped and both[0].lap == both[1].lap
+        assert [[*q] for q in both[0]._matcher.queues] == [[*q] for q in both[1]._matcher.queues]
+    assert total > 2000
+
+
+def test_the_node_s_matcher_is_message_filters_where_it_is(message_filters):
+    assert approximate.matcher() is DistributionMatcher
+
+
+def test_without_message_filters_the_node_s_matcher_is_our_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "message_filters", None)
+    assert approximate.matcher() is Matcher
