@@ -3,11 +3,13 @@
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from occflow_core import pointcloud
 from occflow_core.geometry import rigid
-from occflow_ros import approximate, frames
+from occflow_ros import approximate, convert, frames
 from occflow_ros.approximate import Approximate, DistributionMatcher, Matcher
 from occflow_ros.frames import DistributionPoses, Poses, TransformBuffer, TransformError
 
@@ -44,8 +46,6 @@ def tf2():
 def transform_message(parent, child, stamp, parent_from_child):
     from geometry_msgs.msg import TransformStamped
 
-    from occflow_ros import convert
-
     message = TransformStamped(child_frame_id=child)
     message.header.frame_id, message.header.stamp = parent, convert.time_message(stamp)
     q, t = message.transform.rotation, message.transform.translation
@@ -57,8 +57,6 @@ def transform_message(parent, child, stamp, parent_from_child):
 def test_tf2_and_our_buffer_know_the_same_poses_and_refuse_the_same(tf2, seed):
     """Two random trees, some frames static, stamps in any order; beside both buffers tf2's bare core."""
     from builtin_interfaces.msg import Duration
-
-    from occflow_ros import convert
 
     rng = random.Random(seed)
     jump = 60.0  # s: what is out of order here is not a lap
@@ -182,3 +180,101 @@ def test_the_node_s_matcher_is_message_filters_where_it_is(message_filters):
 def test_without_message_filters_the_node_s_matcher_is_our_own(monkeypatch):
     monkeypatch.setitem(sys.modules, "message_filters", None)
     assert approximate.matcher() is Matcher
+
+
+@pytest.fixture
+def point_cloud2():
+    return pytest.importorskip("sensor_msgs_py.point_cloud2", reason=f"sensor_msgs_py {ABSENT}")
+
+
+KINDS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8: "f8"}  # sensor_msgs/PointField
+
+
+def random_cloud(rng: random.Random, big: bool = False):
+    """A PointCloud2 with fields in any order and of any type, padding between and behind, NaN, organised or not."""
+    from sensor_msgs.msg import PointCloud2, PointField
+
+    names = ["x", "y", "z", *rng.sample(["intensity", "ring", "time", "azimuth", "return_type"], rng.randint(0, 5))]
+    rng.shuffle(names)
+    fields, end = [], 0
+    for name in names:
+        kind = rng.choice([7, 7, 8]) if name in "xyz" else rng.choice([*KINDS])
+        end += rng.choice([0, 0, 1, 4])
+        fields.append(PointField(name=name, offset=end, datatype=kind, count=1))
+        end += np.dtype(KINDS[kind]).itemsize
+    height, width, step = rng.choice([1, 1, 4]), rng.randint(1, 60), end + rng.choice([0, 3, 8])
+    message = PointCloud2(height=height, width=width, point_step=step, row_step=step * width, is_bigendian=big)
+    message.header.frame_id, message.header.stamp.sec = "lidar", 5
+    message.fields, message.is_dense = fields, rng.random() < 0.5
+    message.data.frombytes(rng.randbytes(step * width * height))
+    cloud = pointcloud.fields(message, names)
+    for field in fields:
+        if field.datatype in (7, 8):  # random bits hold numbers that float32 cannot
+            values = [rng.choice([rng.uniform(-99, 99)] * 5 + [np.nan, np.inf]) for _ in range(len(cloud))]
+            cloud[field.name] = values
+    return message, names
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_sensor_msgs_py_and_our_reading_find_the_same_points(point_cloud2, monkeypatch, big):
+    points = 0
+    for seed in range(150):
+        message, names = random_cloud(random.Random(seed), big)
+        before = bytes(message.data)
+        ours, by_node = pointcloud.fields(message, names), convert.cloud_fields(message, names)
+        assert by_node.tobytes() == ours.tobytes() or all(
+            np.array_equal(by_node[name], ours[name], equal_nan=True) for name in names
+        )
+        with_it = outcome_of_cloud(message)
+        monkeypatch.setattr(convert, "point_cloud2", None)
+        without = outcome_of_cloud(message)
+        monkeypatch.undo()
+        assert np.array_equal(with_it, without, equal_nan=True)
+        points += len(with_it)
+        assert bytes(message.data) == before
+        theirs = point_cloud2.read_points(message, names)  # turns a big-endian message itself round
+        assert all(theirs[name].tobytes() == ours[name].tobytes() for name in names if not big)
+        assert (bytes(message.data) != before) == big
+    assert points > 2000
+
+
+def outcome_of_cloud(message) -> np.ndarray:
+    try:
+        return convert.cloud(message).points
+    except convert.Refused as refused:
+        assert refused.reason == "empty cloud"
+        return np.zeros((0, 5), np.float32)
+
+
+@pytest.mark.parametrize("change", ["count 0", "unknown type", "twice"])
+def test_clouds_that_sensor_msgs_py_refuses_are_read_all_the_same(point_cloud2, change):
+    message, _ = next(c for c in map(random_cloud, map(random.Random, range(50))) if len(c[1]) > 4)
+    other = next(f for f in message.fields if f.name not in ("x", "y", "z"))
+    expected = convert.cloud(message).points[:, :3]
+    if change == "count 0":
+        other.count = 0
+    elif change == "unknown type":
+        other.datatype = 99
+    else:
+        message.fields = [*message.fields, other]
+    with pytest.raises((AssertionError, KeyError)):
+        point_cloud2.read_points(message, ["x", "y", "z"])
+    assert np.array_equal(convert.cloud(message).points[:, :3], expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000])
+def test_sensor_msgs_py_and_we_write_the_same_cloud(point_cloud2, monkeypatch, count):
+    from sensor_msgs.msg import PointField
+    from std_msgs.msg import Header
+
+    rng = np.random.default_rng(count)
+    cloud = np.frombuffer(rng.bytes(count * convert.POINT.itemsize), convert.POINT)
+    fields = [
+        PointField(name=name, offset=convert.POINT.fields[name][1], datatype=2 if name == "class_id" else 7, count=1)
+        for name in convert.POINT.names[:-1]
+    ]
+    header = Header(frame_id="base_link")
+    with_it = convert.cloud_message(header, fields, cloud)
+    monkeypatch.setattr(convert, "point_cloud2", None)
+    assert with_it == convert.cloud_message(header, fields, cloud)
+    assert len(with_it.data) == count * convert.POINT.itemsize
