@@ -4,7 +4,7 @@ The collector keeps a few open sets, each known by its reference time r = stamp 
 the nearest open set within the tolerance, or opens one. A set leaves when it is complete, when its deadline has passed
 (by the caller's steady clock), or when a younger set completes; it leaves with a hole for each camera that is missing.
 Unlike `message_filters.ApproximateTimeSynchronizer` a dead camera makes the sets partial, not silent, and two sweeps
-are never mixed. The cost of an image is O(open sets).
+are never mixed. The cost of an image is O(open sets). Who wants complete sets only finds them in `approximate`.
 """
 
 import threading
