@@ -47,7 +47,6 @@ setup(
         "opencv-python-headless>=4.8",
         "simplejpeg>=1.7",
         "safetensors>=0.4",
-        "pyquaternion>=0.9.9",
         "scipy>=1.8",
         "numba>=0.58",
         "embreex>=2.17",

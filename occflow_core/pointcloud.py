@@ -1,6 +1,6 @@
 """LiDAR scans -> the points of a Frame, wherever they come from; PointCloud2's bytes without ROS. P points."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,30 +37,35 @@ def together(scans: Sequence[Scan]) -> Tensor:
     return torch.cat(parts)
 
 
-def read(message: Any) -> np.ndarray:
+def fields(message: Any, names: Sequence[str]) -> np.ndarray:
+    """Named fields of a sensor_msgs/PointCloud2, of rclpy or of rosbags -> (P,) structured, a view of its bytes."""
+    order = ">" if message.is_bigendian else "<"
+    there = {f.name: (order + _NUMBERS[f.datatype], f.offset) for f in message.fields if f.datatype in _NUMBERS}
+    layout = np.dtype(
+        {
+            "names": list(names),
+            "formats": [there[name][0] for name in names],
+            "offsets": [there[name][1] for name in names],
+            "itemsize": int(message.point_step),
+        }
+    )
+    return np.ndarray((int(message.height) * int(message.width),), layout, buffer=message.data)
+
+
+def read(message: Any, fields: Callable[[Any, list[str]], np.ndarray] = fields) -> np.ndarray:
     """sensor_msgs/PointCloud2, of rclpy or of rosbags -> (P, 5) float32: x y z intensity ring.
 
     0 where a cloud has no intensity or ring. Points that are not finite (no echo) are dropped. ValueError where a cloud
-    has no x, y and z, or fewer bytes than it says.
+    has no x, y and z, or fewer bytes than it says. `fields` is who takes named fields out of the bytes.
     """
-    order = ">" if message.is_bigendian else "<"
-    fields = {f.name: (order + _NUMBERS[f.datatype], f.offset) for f in message.fields if f.datatype in _NUMBERS}
-    if not {"x", "y", "z"} <= fields.keys():
-        raise ValueError(f"a cloud with the fields {', '.join(fields) or 'none'}, expected x, y and z")
-    data = np.frombuffer(message.data, np.uint8)
-    count, step = int(message.height) * int(message.width), int(message.point_step)
-    if int(message.row_step) != step * int(message.width) or data.size < count * step:
-        raise ValueError(f"a cloud of {data.size} bytes, expected {count} points of {step}")
-    names = [name for name in ("x", "y", "z", "intensity", "ring") if name in fields]
-    layout = np.dtype(
-        {
-            "names": names,
-            "formats": [fields[name][0] for name in names],
-            "offsets": [fields[name][1] for name in names],
-            "itemsize": step,
-        }
-    )
-    cloud = np.frombuffer(data[: count * step].tobytes(), layout)
+    there = [f.name for f in message.fields if f.datatype in _NUMBERS]
+    if not {"x", "y", "z"} <= {*there}:
+        raise ValueError(f"a cloud with the fields {', '.join(there) or 'none'}, expected x, y and z")
+    size, count, step = len(message.data), int(message.height) * int(message.width), int(message.point_step)
+    if int(message.row_step) != step * int(message.width) or size < count * step:
+        raise ValueError(f"a cloud of {size} bytes, expected {count} points of {step}")
+    names = [name for name in ("x", "y", "z", "intensity", "ring") if name in there]
+    cloud = fields(message, names)
     points = np.zeros((count, 5), np.float32)
     for i, name in enumerate(("x", "y", "z", "intensity", "ring")):
         if name in names:

@@ -4,13 +4,13 @@ The collector keeps a few open sets, each known by its reference time r = stamp 
 the nearest open set within the tolerance, or opens one. A set leaves when it is complete, when its deadline has passed
 (by the caller's steady clock), or when a younger set completes; it leaves with a hole for each camera that is missing.
 Unlike `message_filters.ApproximateTimeSynchronizer` a dead camera makes the sets partial, not silent, and two sweeps
-are never mixed. The cost of an image is O(open sets).
+are never mixed. The cost of an image is O(open sets). Who wants complete sets only finds them in `approximate`.
 """
 
 import threading
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -59,40 +59,33 @@ class _Open:
     stamps: dict[int, int]
 
 
-class Collector:
-    """Puts images of `cameras` cameras into sets. One caller at a time; the caller brings the steady clock."""
+class Gatherer:
+    """What all who put images of several cameras into sets share: offsets, laps, counts of what was dropped, and sets
+    that go forward. One caller at a time."""
 
     def __init__(
         self,
         cameras: int,
-        period: float,  # s between two images of one camera
         offsets: Sequence[float] | None = None,  # s, one a camera: stamp - offset is equal within a set
-        deadline: float = 0.12,  # s after its first image, by the steady clock, a set leaves as it is
-        tolerance: float = 0.4,  # of the period: how far an image may be from the set's reference
-        min_cameras: int = 1,  # sets with fewer images are dropped and counted
         jump: float = 1.0,  # s: a stamp that goes back by more means that the clock was turned back
     ):
         offsets = [0.0] * cameras if offsets is None else list(offsets)
-        if cameras < 1 or len(offsets) != cameras or not 1 <= min_cameras <= cameras or period <= 0 or deadline <= 0:
+        if cameras < 1 or len(offsets) != cameras:
             raise ValueError(
-                f"a collector needs cameras >= 1 (got {cameras}), an offset for each (got {len(offsets)}), "
-                f"1 <= min_cameras <= cameras (got {min_cameras}), period and deadline > 0 (got {period}, {deadline})"
+                f"sets need cameras >= 1 (got {cameras}) and an offset for each of them (got {len(offsets)})"
             )
-        self.cameras, self.min_cameras, self.deadline = cameras, min_cameras, deadline
+        self.cameras = cameras
         self.offsets = [round(offset * NANO) for offset in offsets]
-        self.tolerance, self.jump = round(tolerance * period * NANO), round(jump * NANO)
+        self.jump = round(jump * NANO)
         self.lap = 0
         self.dropped: Counter[tuple[int | None, str]] = Counter()  # (camera or None for whole sets, reason) -> count
-        self._open: list[_Open] = []  # oldest reference first
         self._newest: list[int | None] = [None] * cameras  # stamp of the newest image of each camera
-        self._lead: list[float | None] = [None] * cameras  # reference minus arrival of each camera's newest image, ns
-        self._left: int | None = None  # reference of the youngest set that has left
         self._told: int | None = None  # stamp of the last set that was given out
 
     def add(self, camera: int, stamp: int, picture: Any, now: float) -> list[ImageSet]:
         """Takes one image (stamp ns; now s, steady); gives the sets that leave because of it, oldest first."""
         reference, before = stamp - self.offsets[camera], self._newest[camera]
-        if stamp <= 0:
+        if min(stamp, reference) <= 0:
             return self._drop(camera, "no stamp")
         # a camera's own stamps tell whether its clock was turned back; that it lags behind others does not
         if before is not None and stamp < before - self.jump:
@@ -101,6 +94,80 @@ class Collector:
         if stamp == before:
             return self._drop(camera, "same stamp again")
         self._newest[camera] = stamp if before is None else max(before, stamp)
+        return self._place(camera, reference, stamp, picture, now)
+
+    def poll(self, now: float) -> list[ImageSet]:
+        """Gives the sets whose time has come without an image (now s, steady)."""
+        return []
+
+    @property
+    def waiting(self) -> bool:
+        """May `poll` have something to give, sooner or later?"""
+        return False
+
+    def clear(self, reason: str = "clock jump") -> None:
+        """Forgets what waits: the clock was turned back, or somebody asked for it. A new lap begins."""
+        for camera in self._forget():
+            self.dropped[camera, reason] += 1
+        self.lap += 1
+        self._newest, self._told = [None] * self.cameras, None
+
+    def _place(self, camera: int, reference: int, stamp: int, picture: Any, now: float) -> list[ImageSet]:
+        raise NotImplementedError
+
+    def _forget(self) -> list[int]:
+        """Drops all images that wait; gives the camera of each."""
+        raise NotImplementedError
+
+    def _drop(self, camera: int, reason: str) -> list[ImageSet]:
+        self.dropped[camera, reason] += 1
+        return []
+
+    def _drop_set(self, cameras: Iterable[int], reason: str, of_images: str) -> list[ImageSet]:
+        self.dropped[None, reason] += 1
+        for camera in cameras:
+            self.dropped[camera, of_images] += 1
+        return []
+
+    def _give(self, pictures: dict[int, Any], stamps: dict[int, int]) -> list[ImageSet]:
+        images = ImageSet(
+            tuple(pictures.get(i) for i in range(self.cameras)),
+            tuple(stamps.get(i) for i in range(self.cameras)),
+            self.lap,
+        )
+        # references may go forward where the newest stamps do not: offsets are large, or stamps uneven
+        if self._told is not None and images.stamp <= self._told:
+            return self._drop_set(stamps, "not newer than the last", "set was not newer than the last")
+        self._told = images.stamp
+        return [images]
+
+
+class Collector(Gatherer):
+    """Sets that leave at their deadline, whoever is missing. The caller brings the steady clock."""
+
+    def __init__(
+        self,
+        cameras: int,
+        period: float,  # s between two images of one camera
+        offsets: Sequence[float] | None = None,
+        deadline: float = 0.12,  # s after its first image, by the steady clock, a set leaves as it is
+        tolerance: float = 0.4,  # of the period: how far an image may be from the set's reference
+        min_cameras: int = 1,  # sets with fewer images are dropped and counted
+        jump: float = 1.0,
+    ):
+        super().__init__(cameras, offsets, jump)
+        if not 1 <= min_cameras <= cameras or period <= 0 or deadline <= 0:
+            raise ValueError(
+                f"a collector of {cameras} cameras needs 1 <= min_cameras <= cameras (got {min_cameras}), "
+                f"period and deadline > 0 (got {period}, {deadline})"
+            )
+        self.min_cameras, self.deadline = min_cameras, deadline
+        self.tolerance = round(tolerance * period * NANO)
+        self._open: list[_Open] = []  # oldest reference first
+        self._lead: list[float | None] = [None] * cameras  # reference minus arrival of each camera's newest image, ns
+        self._left: int | None = None  # reference of the youngest set that has left
+
+    def _place(self, camera: int, reference: int, stamp: int, picture: Any, now: float) -> list[ImageSet]:
         self._lead[camera] = reference - now * NANO
         if self._runs_ahead(camera):  # its sets would leave before the others' images come, and make those late
             return self._drop(camera, "clock ahead of the other cameras")
@@ -127,17 +194,12 @@ class Collector:
 
     @property
     def waiting(self) -> bool:
-        """Is any set open, so that `poll` may have something to give?"""
         return bool(self._open)
 
-    def clear(self) -> None:
-        """Forgets all open sets: the clock was turned back, or somebody asked for it. A new lap begins."""
-        for waiting in self._open:
-            for camera in waiting.pictures:
-                self.dropped[camera, "clock jump"] += 1
-        self.lap += 1
-        self._open, self._left, self._told = [], None, None
-        self._newest, self._lead = [None] * self.cameras, [None] * self.cameras
+    def _forget(self) -> list[int]:
+        cameras = [camera for waiting in self._open for camera in waiting.pictures]
+        self._open, self._left, self._lead = [], None, [None] * self.cameras
+        return cameras
 
     def _runs_ahead(self, camera: int) -> bool:
         """Is a camera's clock ahead of the middle one of the others by more than a set waits? Two others must speak."""
@@ -146,15 +208,6 @@ class Collector:
             return False
         return self._lead[camera] - median(others) > self.deadline * NANO + self.tolerance
 
-    def _drop(self, camera: int, reason: str) -> list[ImageSet]:
-        self.dropped[camera, reason] += 1
-        return []
-
-    def _drop_set(self, s: _Open, reason: str, of_images: str) -> None:
-        self.dropped[None, reason] += 1
-        for camera in s.pictures:
-            self.dropped[camera, of_images] += 1
-
     def _leave(self, goes: Callable[[_Open], bool]) -> list[ImageSet]:
         leaving = [s for s in self._open if goes(s)]
         self._open = [s for s in self._open if not goes(s)]
@@ -162,19 +215,9 @@ class Collector:
         for s in leaving:
             self._left = s.reference if self._left is None else max(self._left, s.reference)
             if len(s.pictures) < self.min_cameras:
-                self._drop_set(s, "too few cameras", "set had too few cameras")
-                continue
-            images = ImageSet(
-                tuple(s.pictures.get(i) for i in range(self.cameras)),
-                tuple(s.stamps.get(i) for i in range(self.cameras)),
-                self.lap,
-            )
-            # references go forward; the newest stamp need not, where offsets are large and stamps uneven
-            if self._told is not None and images.stamp <= self._told:
-                self._drop_set(s, "not newer than the last", "set was not newer than the last")
-                continue
-            self._told = images.stamp
-            sets.append(images)
+                self._drop_set(s.pictures, "too few cameras", "set had too few cameras")
+            else:
+                sets += self._give(s.pictures, s.stamps)
         return sets
 
 

@@ -17,6 +17,11 @@ from occflow_core.types import NANO, Prediction
 
 from .assemble import Calibration, Cloud
 
+try:  # a distribution brings it, PyPI does not
+    from sensor_msgs_py import point_cloud2
+except ImportError:
+    point_cloud2 = None
+
 # encoding -> (bytes a pixel, how its channels become RGB)
 RAW_ENCODINGS = {
     "rgb8": (3, (0, 1, 2)),
@@ -138,12 +143,26 @@ def cloud(message) -> Cloud:
         size = f"{message.height} x {message.width} points"
         raise Refused("impossible size", f"a cloud of {size}, expected at most {MOST_POINTS} in all")
     try:
-        points = pointcloud.read(message)
+        points = pointcloud.read(message, cloud_fields)
     except ValueError as error:
         raise Refused("unusable cloud", str(error)) from None
     if not len(points):
         raise Refused("empty cloud", f"a cloud of {message.height} x {message.width} points, none of them finite")
     return Cloud(points, frame, stamp)
+
+
+def cloud_fields(message, names: Sequence[str]) -> np.ndarray:
+    """Named fields of a checked PointCloud2 -> (P,) structured: by sensor_msgs_py where it is and does it, else by us.
+
+    Not by it: big endian (it turns the bytes of the message itself round, and whoever reads next gets nonsense), and
+    what it refuses: fields of count 0 or of unknown type, be they named or not, two of one name, foreign classes.
+    """
+    if point_cloud2 is not None and not message.is_bigendian:
+        try:
+            return point_cloud2.read_points(message, list(names))
+        except (AssertionError, KeyError, TypeError, ValueError):
+            pass
+    return pointcloud.fields(message, names)
 
 
 def _decode_jpeg(data: np.ndarray, out: np.ndarray) -> None:
@@ -251,7 +270,7 @@ POINT = np.dtype(
 
 def points(prediction: Prediction, header):
     """Filled voxels -> sensor_msgs/PointCloud2 at their centres: x y z, rgb, vx vy, confidence, class_id."""
-    from sensor_msgs.msg import PointCloud2, PointField
+    from sensor_msgs.msg import PointField
 
     index, label, score, flow = (None if t is None else t.cpu().numpy() for t in prediction.sparse())
     cloud = np.zeros(len(index), POINT)
@@ -264,13 +283,31 @@ def points(prediction: Prediction, header):
     if flow is not None:
         cloud["vx"], cloud["vy"] = flow[:, 0], flow[:, 1]
     kinds = {"<f4": PointField.FLOAT32, "<u4": PointField.FLOAT32, "|u1": PointField.UINT8}
-    message = PointCloud2(header=header, height=1, width=len(cloud), is_bigendian=False, is_dense=True)
-    message.fields = [
+    fields = [
         PointField(name=name, offset=POINT.fields[name][1], datatype=kinds[POINT.fields[name][0].str], count=1)
         for name in POINT.names
         if name != "pad"
     ]
-    message.point_step, message.row_step = POINT.itemsize, POINT.itemsize * len(cloud)
+    return cloud_message(header, fields, cloud)
+
+
+def cloud_message(header, fields: list, cloud: np.ndarray):
+    """(P,) structured, all finite -> sensor_msgs/PointCloud2: by sensor_msgs_py where it is and does it, else by us.
+
+    Not by it: an empty cloud; and that of Humble knows no padding.
+    """
+    from sensor_msgs.msg import PointCloud2
+
+    if point_cloud2 is not None:
+        try:
+            told = cloud.view(point_cloud2.dtype_from_fields(fields, cloud.itemsize))
+            message = point_cloud2.create_cloud(header, fields, told, cloud.itemsize)
+            message.is_dense = True  # it does not know
+            return message
+        except (AssertionError, TypeError, ValueError):
+            pass
+    message = PointCloud2(header=header, height=1, width=len(cloud), is_bigendian=False, is_dense=True, fields=fields)
+    message.point_step, message.row_step = cloud.itemsize, cloud.itemsize * len(cloud)
     message.data = _array(cloud.view(np.uint8))
     return message
 

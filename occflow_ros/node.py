@@ -42,10 +42,10 @@ from visualization_msgs.msg import MarkerArray
 from occflow_core.runtime import Stream, load
 from occflow_core.types import NANO
 
-from . import convert, parameters
-from .assemble import Calibration, Collector, ImageSet, Mailbox, Scans, Shot, Watch
+from . import convert, frames, parameters
+from .approximate import Approximate, matcher
+from .assemble import Calibration, Collector, Gatherer, ImageSet, Mailbox, Scans, Shot, Watch
 from .convert import Refused
-from .frames import TransformBuffer
 from .health import LIDAR, Health, resident_mb
 from .parameters import ParameterProblem, Settings
 from .pipeline import Pipeline, Served
@@ -145,7 +145,7 @@ class OccupancyNode(LifecycleNode):
         self.health = Health(s.cameras, self._model.name, quiet, sweeps > 0, s.min_cameras, s.clock_jump)
         self.health.tell("trained", str(self._model.trained).lower())
         self.health.tell("weights SHA-256", (self._model.weights or "none: random")[:HASH])
-        self._transforms = TransformBuffer(jump=s.clock_jump)
+        self._transforms = frames.buffer(jump=s.clock_jump)
         self._calibrations = [None] * len(s.cameras)
         self._out = self._offer(_message("occflow_msgs", "VoxelFlow"), "~/occupancy")
         self._out_points = self._offer(PointCloud2, "~/points")
@@ -184,7 +184,15 @@ class OccupancyNode(LifecycleNode):
         self._configured.append((self.destroy_publisher, self._out_heartbeat))
         timer = self.create_timer(BEAT, self._guarded(self._beat), clock=steady, callback_group=self._known)
         self._configured.append((self.destroy_timer, timer))
-        self.get_logger().info(f"configured: {self._model.name} on {self._model.device}, {len(s.cameras)} cameras")
+        self.get_logger().info(
+            f"configured: {self._model.name} on {self._model.device}, {len(s.cameras)} cameras, "
+            f"poses of TF kept by {self._transforms.source}"
+        )
+        if s.sync == "approximate":
+            self.get_logger().info(
+                f"sync: approximate, sets made by {matcher().source}: only complete ones, narrower than "
+                f"{s.approximate_slop} s; while one camera is silent nothing is published"
+            )
         if not self._model.trained:
             self.get_logger().warning(f"{self._model.name}: random weights, what is published means nothing")
 
@@ -199,15 +207,7 @@ class OccupancyNode(LifecycleNode):
         s = self.settings
         self._await_known(s.startup_wait)
         self._stream.forget()
-        self._collector = Collector(
-            len(s.cameras),
-            1.0 / s.camera_rate,
-            [c.offset for c in s.camera],
-            s.set_deadline,
-            s.set_tolerance,
-            s.min_cameras,
-            s.clock_jump,
-        )
+        self._collector = _gatherer(s)
         self._watches = [Watch(s.frozen_after) for _ in s.cameras]
         self._mailbox = Mailbox()
         self._answered: float | None = None  # s, steady: when the latest set was
@@ -445,7 +445,7 @@ class OccupancyNode(LifecycleNode):
         letter = self._mailbox.put(None)
         for _ in range(len(waiting) + (letter is not None)):
             self.health.dropped("sets", "memory reset")
-        self._collector.clear()
+        self._collector.clear("memory reset")
         self.health.count("memory resets")
         self.get_logger().info("memory reset: somebody asked for it")
         response.success, response.message = True, "the next set is answered without memory of those before it"
@@ -642,6 +642,16 @@ def _free() -> None:
 def _out_of_memory(error: Exception) -> bool:
     # PyTorch has a class of its own for GPUs only
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "not enough memory" in str(error)
+
+
+def _gatherer(s: Settings) -> Gatherer:
+    """Who puts images into sets, by the parameter `sync`."""
+    offsets = [c.offset for c in s.camera]
+    if s.sync == "approximate":
+        return Approximate(len(s.cameras), s.approximate_queue, s.approximate_slop, offsets, s.clock_jump)
+    return Collector(
+        len(s.cameras), 1.0 / s.camera_rate, offsets, s.set_deadline, s.set_tolerance, s.min_cameras, s.clock_jump
+    )
 
 
 def _device(name: str) -> str:

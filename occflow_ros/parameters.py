@@ -4,6 +4,8 @@ checked against this file by the tests."""
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+SYNCS = ("collector", "approximate")  # how images are put into sets
+
 
 class ParameterProblem(ValueError):
     """A parameter that cannot be; the text names it."""
@@ -39,6 +41,19 @@ class Settings:
     device: str = _parameter("auto", "auto (CUDA where present, else CPU), cpu, cuda or cuda:1")
     threads: int = _parameter(0, "CPU threads of the network; 0: PyTorch's choice", 0, 256)
     camera_rate: float = _parameter(12.0, "Hz of each camera", 0.1, 240)
+    sync: str = _parameter(
+        "collector",
+        "collector: sets leave at `set_deadline`, whoever is missing; approximate: complete sets only, by the rule of "
+        "message_filters' ApproximateTimeSynchronizer, so that one dead camera silences the node",
+    )
+    approximate_queue: int = _parameter(10, "images of each camera that wait, where `sync` is approximate", 1, 100)
+    approximate_slop: float = _parameter(
+        0.05,
+        "s; stamps of one set, less offsets, differ by less than this, where `sync` is approximate; half a camera "
+        "period or more mixes sweeps without a sign",
+        0.001,
+        1,
+    )
     set_deadline: float = _parameter(0.12, "s after its first image, a set leaves incomplete", 0.005, 10)
     set_tolerance: float = _parameter(0.4, "of the camera period: how far apart images of one set may be", 0.05, 0.49)
     min_cameras: int = _parameter(1, "sets with fewer usable images are dropped and counted", 1, 8)
@@ -99,6 +114,8 @@ def read(node) -> Settings:
     """The values as they stand. ParameterProblem when they contradict each other."""
     values = {s.name: node.get_parameter(s.name).value for s in fields(Settings) if s.name != "camera"}
     names = values["cameras"] = _distinct(values["cameras"])
+    if values["sync"] not in SYNCS:
+        raise ParameterProblem(f"sync: {values['sync']!r} is not known, expected {' or '.join(SYNCS)}")
     undeclared = [n for n in names if not node.has_parameter(f"camera.{n}.image_topic")]
     if undeclared:
         raise ParameterProblem(f"cameras: {', '.join(undeclared)} was added after the start; restart the node for it")

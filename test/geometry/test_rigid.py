@@ -65,6 +65,16 @@ def test_interpolation_begins_and_ends_at_its_ends_and_halves_the_turn():
     assert torch.allclose(once[:3, :3], rest[:3, :3], atol=1e-9), "both halves turn alike"
 
 
+@pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-6, 0.05, 1.0, 3.1])
+def test_a_third_of_a_turn_takes_a_third_of_its_angle_however_small(angle):
+    def turn(by):
+        return rigid.from_quaternion((math.cos(by / 2), 0, 0, -math.sin(by / 2)), (0, 0, 0))
+
+    start = motions(1, seed=5)[0]
+    third = rigid.interpolate(start, start @ turn(angle), 1 / 3)
+    assert torch.allclose((rigid.inverse(start) @ third)[:3, :3], turn(angle / 3)[:3, :3], rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize(
     ("wxyz", "shift"),
     [

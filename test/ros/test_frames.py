@@ -1,12 +1,16 @@
-"""TF's laws: interpolation inside what was heard, an error outside, and never an identity nobody sent."""
+"""TF's laws: interpolation inside what was heard, an error outside, and never an identity nobody sent.
+
+They hold for poses that we keep, and for those that tf2 keeps where the distribution brings it.
+"""
 
 import threading
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from occflow_core.geometry import rigid
-from occflow_ros.frames import TransformBuffer, TransformError
+from occflow_ros.frames import KEEP, DistributionPoses, Poses, TransformBuffer, TransformError
 
 S = 1_000_000_000
 
@@ -16,9 +20,13 @@ def pose(x=0.0, yaw=0.0) -> torch.Tensor:
     return rigid.from_quaternion((torch.cos(half), 0, 0, torch.sin(half)), (x, 0.0, 0.0))
 
 
-@pytest.fixture
-def buffer() -> TransformBuffer:
-    b = TransformBuffer()
+def kept_by_tf2() -> DistributionPoses:
+    return DistributionPoses(KEEP)
+
+
+@pytest.fixture(params=[Poses, kept_by_tf2] if find_spec("tf2_py") else [Poses])
+def buffer(request) -> TransformBuffer:
+    b = TransformBuffer(poses=request.param())
     b.add("base_link", "cam", 0, pose(1.7, 0.3), static=True)
     b.add("map", "base_link", 10 * S, pose(0.0, 0.0), static=False)
     b.add("map", "base_link", 11 * S, pose(10.0, 1.0), static=False)
@@ -35,7 +43,7 @@ def test_between_two_stamps_it_is_linear_and_slerp(buffer):
 
 
 def test_at_a_stamp_it_is_what_was_sent(buffer):
-    assert torch.equal(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
+    assert torch.allclose(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
 
 
 def test_there_and_back_is_the_identity_and_chains_multiply(buffer):
@@ -49,7 +57,23 @@ def test_transforms_that_come_out_of_order_are_sorted(buffer):
     assert torch.allclose(buffer.lookup("map", "base_link", 10 * S + 3 * S // 4)[0, 3], torch.tensor(9.5).double())
 
 
-@pytest.mark.parametrize(("stamp", "words"), [(12 * S, "newest is 11.000"), (9 * S, "oldest is 10.000")])
+def test_what_a_frame_said_first_about_a_stamp_holds(buffer):
+    buffer.add("map", "base_link", 11 * S, pose(20.0), static=False)
+    assert torch.allclose(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
+    assert torch.allclose(buffer.lookup("map", "base_link", 10 * S + S // 2)[0, 3], torch.tensor(5.0).double())
+
+
+def test_a_frame_that_gets_another_parent_begins_anew(buffer):
+    buffer.add("odom", "base_link", 10 * S + S // 2, pose(3.0), static=False)
+    assert torch.allclose(buffer.lookup("odom", "base_link", 10 * S + S // 2), pose(3.0))
+    for parent, stamp in (("map", 10 * S), ("odom", 10 * S), ("odom", 11 * S)):
+        with pytest.raises(TransformError):
+            buffer.lookup(parent, "base_link", stamp)
+
+
+@pytest.mark.parametrize(
+    ("stamp", "words"), [(12 * S, "newest is 11.000"), (9 * S, "oldest is 10.000"), (0, "oldest is 10.000")]
+)
 def test_it_never_extrapolates_and_says_what_it_has(buffer, stamp, words):
     with pytest.raises(TransformError, match=f"map <- base_link.*{words}"):
         buffer.lookup("map", "base_link", stamp)
@@ -76,7 +100,7 @@ def test_a_loop_is_an_error_not_a_hang(buffer):
 
 def test_stamps_that_go_back_drop_the_lap_before_and_keep_what_is_static(buffer):
     buffer.add("map", "base_link", 1 * S, pose(-5.0), static=False)
-    assert torch.equal(buffer.lookup("map", "base_link", 1 * S), pose(-5.0))
+    assert torch.allclose(buffer.lookup("map", "base_link", 1 * S), pose(-5.0))
     with pytest.raises(TransformError):
         buffer.lookup("map", "base_link", 10 * S + S // 2)
     buffer.lookup("base_link", "cam", 1 * S)
@@ -85,14 +109,15 @@ def test_stamps_that_go_back_drop_the_lap_before_and_keep_what_is_static(buffer)
 def test_a_stale_publisher_does_not_wipe_what_others_say(buffer):
     for k in range(5):
         buffer.add("base_link", "wheel", 2 * S + k, pose(), static=False)  # nine seconds behind the car's own pose
-    assert torch.equal(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
+    assert torch.allclose(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
     with pytest.raises(ValueError, match="base_link <- wheel has no stamp"):
         buffer.add("base_link", "wheel", 0, pose(), static=False)
-    assert torch.equal(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
+    assert torch.allclose(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
 
 
-@pytest.mark.parametrize(("source", "stamp"), [("nobody", 11 * S), ("base_link", 5 * S)])
+@pytest.mark.parametrize(("source", "stamp"), [("nobody", 11 * S), ("base_link", 5 * S), ("wheel", 9 * S)])
 def test_nobody_waits_for_what_cannot_come(buffer, monkeypatch, source, stamp):
+    buffer.add("base_link", "wheel", 8 * S, pose(), static=False)  # this one may still come, the car's own pose cannot
     monkeypatch.setattr(buffer._condition, "wait", lambda *_: pytest.fail("it waited"), raising=False)
     with pytest.raises(TransformError):
         buffer.wait("map", source, stamp, 60.0)

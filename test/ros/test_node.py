@@ -146,6 +146,21 @@ def test_what_is_broken_is_refused_by_name_and_the_rest_goes_on(tmp_path):
     assert "no image yet" in told["cam_back_right"]["message"]
 
 
+def test_with_approximate_sync_only_complete_sets_are_answered_and_a_dead_camera_is_silence(tmp_path):
+    frames = list(pattern.drive(8, rate=4.0, height=180, width=320))
+    seeing = torch.arange(6) != 2
+    frames = [frame if k < 5 else replace(frame, used=seeing) for k, frame in enumerate(frames)]
+    bag = tmp_path / "bag"
+    write_bag(bag, frames, pattern.rig(180, 320), progress=False)
+    parameters = config(tmp_path, camera_rate=4.0, sync="approximate", approximate_slop=0.1)
+    recording = drive(bag, parameters, rate=0.3, start_within=10.0)
+    answered = [stamp(m) for m in said(recording)]  # the newest wins where the machine is slow
+    assert answered and set(answered) <= {frame.stamp for frame in frames[:5]}, recording.log
+    assert all(m.cameras_used == 0b111111 for m in said(recording))
+    assert "while one camera is silent nothing is published" in recording.log
+    assert recording.counts()["sets complete"] == "5" and recording.node_exit == 0
+
+
 def test_a_frozen_camera_is_said_and_masked_and_the_rest_goes_on(tmp_path):
     """The stamps of one camera run on, its picture stands still after the first."""
     import simplejpeg

@@ -117,6 +117,34 @@ def test_configure_can_fail_and_then_succeed_in_the_same_process_and_all_is_give
 
 
 @pytest.mark.dds
+def test_the_way_to_make_sets_is_one_of_the_known_words_and_what_it_costs_is_said(node, monkeypatch):
+    from rclpy.lifecycle import TransitionCallbackReturn as Result
+    from rclpy.parameter import Parameter
+
+    from occflow_ros.approximate import Approximate
+
+    said = []
+    for level in ("info", "warning", "error"):
+        monkeypatch.setattr(node.get_logger(), level, lambda text, level=level: said.append((level, text)))
+    node.set_parameters([Parameter("model", value="opus-nano"), Parameter("sync", value="exact")])
+    assert node.trigger_configure() == Result.FAILURE
+    assert said == [("error", "configure failed: sync: 'exact' is not known, expected collector or approximate")]
+    node.set_parameters([Parameter("sync", value="approximate"), Parameter("approximate_slop", value=0.02)])
+    assert node.trigger_configure() == Result.SUCCESS
+    (level,) = [level for level, text in said if "while one camera is silent nothing is published" in text]
+    assert level == "info"
+    assert node.trigger_activate() == Result.SUCCESS
+    gatherer = node._collector
+    assert isinstance(gatherer, Approximate) and gatherer.offsets == [0] * 6
+    assert gatherer.add(0, 10**9, "a", 0.0) == [] and not gatherer.waiting
+    for camera in range(1, 5):
+        gatherer.add(camera, 10**9 + 19_000_000, "b", 0.0)
+    assert gatherer.add(5, 10**9 + 20_000_000, "c", 0.0) == []  # as wide as the slop
+    assert len(gatherer.add(5, 10**9 + 19_999_999, "c", 0.0)) == 1
+    assert node.trigger_deactivate() == Result.SUCCESS
+
+
+@pytest.mark.dds
 def test_an_activation_that_fails_says_so_leaves_nothing_and_can_be_mended(node, monkeypatch):
     from rclpy.lifecycle import TransitionCallbackReturn as Result
 
