@@ -645,7 +645,10 @@ def _device(name: str) -> str:
     kind, _, number = name.partition(":")
     here = torch.cuda.device_count() if kind == "cuda" else 1
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or int(number or 0) >= here:
-        raise ParameterProblem(f"device: {name!r} is not here; auto, cpu or cuda:N (this machine has {here} of {kind})")
+        devices = torch.cuda.device_count()
+        raise ParameterProblem(
+            f"device: {name!r} is not here; auto, cpu or cuda:N (this machine has {devices} of cuda)"
+        )
     return name
 
 

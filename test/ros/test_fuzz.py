@@ -20,7 +20,7 @@ from occflow_ros.convert import RAW_ENCODINGS, Refused
 from occflow_ros.frames import TransformBuffer
 from occflow_ros.parameters import CameraSettings, ParameterProblem, Settings
 
-MANY = 150  # examples of a kind; the words of a failure say which
+MANY = 80  # examples of a kind; the words of a failure say which
 fuzz = settings(max_examples=MANY, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 UINT32 = st.one_of(
@@ -279,26 +279,44 @@ class Log:
     warning = info
 
 
-SCALAR = st.one_of(
-    st.booleans(),
-    st.integers(-(2**63), 2**63 - 1),
-    st.integers(-3, 300),
-    st.floats(),
-    st.floats(-1, 100),
-    st.text(max_size=8),
+WORD = st.one_of(
     st.sampled_from(
-        ["", "/", "a b", "~", "cpu", "opus-nano", "cam_front", "cuda:99", "{}", "{x}", "a/b", "a.b", "\U0001f697"]
+        ["", "/", "a b", "~", "~/x", "cpu", "cuda:99", "cuda:x", "opus-nano", "{}", "{x}", "a/b", "a.b", "/\U0001f697"]
     ),
+    st.text(max_size=8),
 )
-VALUE = st.one_of(SCALAR, SCALAR, st.lists(st.integers(0, 9), max_size=3), st.lists(st.text(max_size=5), max_size=9))
-NAMES = [f.name for f in fields(Settings) if f.name != "camera"]
-CAMERA = st.dictionaries(st.sampled_from([f.name for f in fields(CameraSettings)]), VALUE, max_size=3)
-YAML = st.one_of(
-    st.fixed_dictionaries(
-        {"model": st.just("opus-nano")},
-        optional={"camera": st.dictionaries(st.sampled_from(["cam_front", "cam_back", "a"]), CAMERA, max_size=2)},
-    ).flatmap(lambda known: st.dictionaries(st.sampled_from(NAMES), VALUE, max_size=2).map(lambda more: known | more)),
-    st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=6), VALUE, max_size=2),
+NUMBER = st.one_of(
+    st.floats(0.05, 1.0), st.floats(), st.sampled_from([float("nan"), float("inf"), -0.0, 1e-300, 1e300])
+)
+OF_KIND = {
+    str: WORD,
+    float: NUMBER,
+    int: st.integers(0, 8) | st.integers(-(2**63), 2**63 - 1),
+    bool: st.booleans(),
+    tuple: st.lists(WORD, max_size=9) | st.lists(st.sampled_from(["a", "b", "cam_front"]), unique=True),
+}
+ANYTHING = st.one_of(*OF_KIND.values(), st.lists(st.integers(0, 9), max_size=3), st.lists(st.booleans(), max_size=3))
+
+
+def some_of(kind, skip: str = ""):
+    """A few parameters of a dataclass, one in six of them of another type than it must be."""
+    values = {
+        f.name: st.integers(0, 5).flatmap(lambda n, f=f: OF_KIND[type(f.default)] if n else ANYTHING)
+        for f in fields(kind)
+        if f.name != skip
+    }
+    chosen = st.lists(st.sampled_from(sorted(values)), max_size=3, unique=True)
+    return chosen.flatmap(lambda names: st.fixed_dictionaries({name: values[name] for name in names}))
+
+
+YAML = st.builds(
+    lambda model, known, cameras, other: model | known | cameras | other,
+    st.just({"model": "opus-nano"}),
+    some_of(Settings, skip="camera"),
+    st.one_of(
+        st.just({}), st.builds(lambda c: {"camera": c}, st.dictionaries(st.just("cam_front"), some_of(CameraSettings)))
+    ),
+    st.one_of(*[st.just({})] * 5, st.dictionaries(st.text(max_size=6), ANYTHING, max_size=1)),
 )
 
 
@@ -314,7 +332,7 @@ def context():
 
 
 @pytest.mark.dds
-@settings(parent=fuzz, max_examples=40)
+@settings(parent=fuzz, max_examples=25)
 @given(values=YAML)
 def test_any_parameters_are_taken_or_end_in_one_sentence(context, tmp_path_factory, values):
     """The node is made and configured as `main` does it; what it would load and warm up is not the question here."""
@@ -326,6 +344,7 @@ def test_any_parameters_are_taken_or_end_in_one_sentence(context, tmp_path_facto
     path.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}, allow_unicode=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.Stream, "warm_up", lambda *_: None)
+        patch.setattr(module.torch, "set_num_threads", lambda _: None)
         try:
             node = module.OccupancyNode(context=context, cli_args=["--ros-args", "--params-file", str(path)])
         except (ParameterProblem, RuntimeError, ValueError) as problem:  # what `main` says in one sentence
@@ -334,13 +353,19 @@ def test_any_parameters_are_taken_or_end_in_one_sentence(context, tmp_path_facto
         try:
             log = Log()
             patch.setattr(node, "get_logger", lambda: log)
-            result = node.trigger_configure()
-            assert result in (TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE)
-            assert len(log.errors) == (result == TransitionCallbackReturn.FAILURE)
-            assert all(
-                e.startswith("configure failed: ") and "\n" not in e.strip() and "Traceback" not in e
-                for e in log.errors
-            )
+            if node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+                assert not log.errors
+                node.trigger_activate()
+            assert node._state_machine.current_state[1] in ("unconfigured", "inactive", "active")
+            failed = node._state_machine.current_state[1] != "active"
+            assert len(log.errors) == failed and not any("\n" in e.strip() or "Traceback" in e for e in log.errors)
         finally:
             node.close()
             node.destroy_node()
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cpu:1", "cuda:x", "cuda:9999"])
+def test_a_device_that_is_not_here_is_refused_with_what_there_is(name):
+    module = pytest.importorskip("occflow_ros.node", reason="needs ROS 2")
+    with pytest.raises(ParameterProblem, match=rf"device: '{name}' is not here; .*this machine has \d+ of cuda"):
+        module._device(name)

@@ -8,10 +8,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from systems.small import build
 
 from occflow_core.geometry import rigid
 from occflow_core.geometry.lenses import Lens
-from occflow_core.runtime import stream
+from occflow_core.runtime import Model, stream
 from occflow_core.runtime.prepare import prepare
 from occflow_ros.assemble import Calibration, Cloud, ImageSet, Scans, Shot
 from occflow_ros.frames import TransformBuffer
@@ -219,6 +220,19 @@ def test_memory_is_forgotten_where_a_calibration_really_changed_and_not_where_on
         pipeline.serve(together([a, b], ms=k))
     first, larger, longer = asked.frames
     assert stream.follows(first, larger, 2.0) and not stream.follows(larger, longer, 2.0)
+    pipeline.close()
+
+
+def test_a_network_answers_a_rig_of_mixed_sizes_and_lenses_and_remembers():
+    pipeline, _, said = fleet(["a", "b", "c"])
+    pipeline.stream = taker = stream.Stream(Model(build(), "small", False, "fast", None))
+    rig = [calibrated("a", 120, 200, BARREL), calibrated("b", 90, 300), calibrated("c", 240, 240, FISHEYE)]
+    for k, calibrations in enumerate((rig, [rig[0], None, None], rig)):
+        memory = taker.memory
+        served = pipeline.serve(together(calibrations, ms=100 * k))
+        assert (memory is None) == (k == 0) and taker.last.stamp == START + 100 * k * MS
+        assert served.prediction.unobserved.any() and not served.prediction.unobserved.all()
+    assert not said
     pipeline.close()
 
 
