@@ -17,6 +17,7 @@ from ..types import Frame
 RESIZES = {"fast": "bilinear", "pillow": "bicubic"}
 REACH = 2  # pixels of the result that a filter reaches (bicubic; bilinear 1)
 APART = 1.25  # pixels of the given picture between two of its samples, see `Rectifier`
+BAND = 16  # rows of the result whose places are computed at once
 FINEST = 8  # samples along a pixel of the result: maps of a network's picture stay below 100 MB
 
 
@@ -100,17 +101,22 @@ class Rectifier:
         self.pixels_from_camera = zoomed(wanted, self.zoom)  # (3, 3), true for the network's pictures
         self._size = to_size
 
-        def places(samples: int) -> np.ndarray:
-            """(height samples, width samples, 2) where in the given picture, its first pixel's middle being 0, 0."""
-            v, u = ((np.arange(n * samples) + 0.5) / samples for n in to_size)
+        def places(samples: int, first: int, last: int) -> np.ndarray:
+            """(rows samples, width samples, 2) for rows `first` to `last` - 1 of the result: where each of its samples
+            is taken in the given picture, whose first pixel's middle is (0, 0)."""
+            v = (np.arange(first * samples, last * samples) + 0.5) / samples
+            u = (np.arange(to_size[1] * samples) + 0.5) / samples
             pixels = np.stack(np.meshgrid(u, v), axis=-1)
             return real_pixels(lens, real_pixels_from_camera, self.pixels_from_camera, pixels)[0] - 0.5
 
-        each = places(1)
-        steps = [np.linalg.norm(np.diff(each, axis=axis), axis=-1).max(initial=0.0) for axis in (0, 1)]
-        self._maps = cv2.convertMaps(
-            *np.moveaxis(places(min(max(1, ceil(max(steps) / APART)), FINEST)), -1, 0).astype(np.float32), cv2.CV_16SC2
-        )
+        each = places(1, 0, to_size[0])
+        apart = max(np.linalg.norm(np.diff(each, axis=axis), axis=-1).max(initial=0.0) for axis in (0, 1))
+        samples = min(max(1, ceil(apart / APART)), FINEST)
+        bands = []
+        for first in range(0, to_size[0], BAND):  # float64 for all rows at once could be a gigabyte
+            x, y = np.moveaxis(places(samples, first, min(first + BAND, to_size[0])), -1, 0).astype(np.float32)
+            bands.append(cv2.convertMaps(x, y, cv2.CV_16SC2))
+        self._maps = [np.concatenate(parts) for parts in zip(*bands, strict=True)]
 
     def into(self, out: np.ndarray, picture: np.ndarray) -> None:
         """Writes the network's picture of `picture` (H, W, 3) uint8 into `out` (height, width, 3) uint8."""
