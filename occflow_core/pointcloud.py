@@ -55,8 +55,8 @@ def fields(message: Any, names: Sequence[str]) -> np.ndarray:
 def read(message: Any, fields: Callable[[Any, list[str]], np.ndarray] = fields) -> np.ndarray:
     """sensor_msgs/PointCloud2, of rclpy or of rosbags -> (P, 5) float32: x y z intensity ring.
 
-    0 where a cloud has no intensity or ring. Points that are not finite (no echo) are dropped. ValueError where a cloud
-    has no x, y and z, or fewer bytes than it says. `fields` is who takes named fields out of the bytes.
+    0 where a cloud, or a point, has no intensity or ring. Points that are not finite (no echo) are dropped. ValueError
+    where a cloud has no x, y and z, or fewer bytes than it says. `fields` is who takes named fields out of the bytes.
     """
     there = [f.name for f in message.fields if f.datatype in _NUMBERS]
     if not {"x", "y", "z"} <= {*there}:
@@ -70,4 +70,6 @@ def read(message: Any, fields: Callable[[Any, list[str]], np.ndarray] = fields) 
     for i, name in enumerate(("x", "y", "z", "intensity", "ring")):
         if name in names:
             points[:, i] = cloud[name]
-    return np.ascontiguousarray(points[np.isfinite(points[:, :3]).all(1)])
+    points = points[np.isfinite(points[:, :3]).all(1)]
+    points[~np.isfinite(points)] = 0  # an intensity that is no number: one would make all of the network's output NaN
+    return points

@@ -97,7 +97,7 @@ class Frame:
     and each camera's `car_from_camera` includes the car's motion between that camera's own stamp and `stamp`.
     """
 
-    images: Tensor  # (N, 3, H, W) uint8 RGB, at camera size; black where not used
+    images: Tensor  # (N, 3, H, W) uint8 RGB, at camera size or the network's; black where not used
     cameras: Cameras  # (N), float64, true for these pixels
     used: Tensor  # (N,) bool: cameras that are really in this frame
     stamps: Tensor  # (N,) int64 ns, each camera's own; where not used: `stamp`

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from occflow_core.geometry import Cameras, rigid
+from occflow_core.geometry.lenses import Lens
 from occflow_core.types import NANO, Frame
 
 KEEP_SCANS = 2.0  # s of scans that wait for sets which come late
@@ -370,14 +371,33 @@ class Scans:
         return there[: self.count] if there and there[0].stamp >= stamp - gap else []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """One camera's picture size and intrinsics, as its CameraInfo gave them."""
 
-    pixels_from_camera: np.ndarray  # (3, 3) float64
+    pixels_from_camera: np.ndarray  # (3, 3) float64, of the picture as it comes
     height: int
     width: int
     optical_frame: str  # TF name
+    lens: Lens | None = None  # None: a pinhole
+    pinhole: np.ndarray | None = None  # (3, 3) float64, where there is a lens: what the picture without it should have
+
+    def __str__(self) -> str:
+        said = f"{self.width} x {self.height} pixels in {self.optical_frame}, {_told(self.pixels_from_camera)}"
+        if self.lens is not None:
+            bend = [round(c, 6) for c in self.lens.coefficients]
+            said += f", {self.lens.model} {bend}, without it {_told(self.pinhole)}"
+        return said
+
+    @property
+    def key(self) -> tuple:
+        """Equal where two calibrations make the same of a picture."""
+        pinhole = None if self.pinhole is None else self.pinhole.tobytes()
+        return self.pixels_from_camera.tobytes(), self.height, self.width, self.lens, pinhole
+
+
+def _told(k: np.ndarray) -> str:
+    return f"fx {k[0, 0]:.6g} fy {k[1, 1]:.6g} cx {k[0, 2]:.6g} cy {k[1, 2]:.6g}"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from occflow_core import pointcloud, voxelflow
 from occflow_core.geometry import rigid
+from occflow_core.geometry.lenses import Lens
 from occflow_core.types import NANO, Prediction
 
 from .assemble import Calibration, Cloud
@@ -22,13 +23,24 @@ try:  # a distribution brings it, PyPI does not
 except ImportError:
     point_cloud2 = None
 
-# encoding -> (bytes a pixel, how its channels become RGB)
+# encoding of sensor_msgs (`image_encodings.hpp`) -> (bytes a pixel, how its channels become RGB: their order, or the
+# conversion of OpenCV that does it)
 RAW_ENCODINGS = {
     "rgb8": (3, (0, 1, 2)),
     "bgr8": (3, (2, 1, 0)),
     "rgba8": (4, (0, 1, 2)),
     "bgra8": (4, (2, 1, 0)),
     "mono8": (1, (0, 0, 0)),
+    # ROS names the first two pixels of the first two rows; OpenCV those of the second row from the second column on
+    "bayer_rggb8": (1, "COLOR_BayerBG2RGB"),
+    "bayer_bggr8": (1, "COLOR_BayerRG2RGB"),
+    "bayer_gbrg8": (1, "COLOR_BayerGR2RGB"),
+    "bayer_grbg8": (1, "COLOR_BayerGB2RGB"),
+    # two pixels share their colour; each has two names
+    "yuv422": (2, "COLOR_YUV2RGB_UYVY"),
+    "uyvy": (2, "COLOR_YUV2RGB_UYVY"),
+    "yuv422_yuy2": (2, "COLOR_YUV2RGB_YUY2"),
+    "yuyv": (2, "COLOR_YUV2RGB_YUY2"),
 }
 LARGEST = 16384  # pixels along one side: beyond it a header is broken, not a camera better
 # Bounds that hold before anything is allocated: a few bytes that lie must not cost gigabytes.
@@ -36,6 +48,7 @@ MOST_PIXELS = 50_000_000  # of a picture: the largest cameras on cars have 17 mi
 MOST_BYTES = 64 << 20  # of a compressed picture: six bytes a pixel of those, more than a PNG of noise has
 LONGEST_ROW = 4 * LARGEST  # bytes a row with its padding: a message of one row could ask for 4 GB of it
 MOST_POINTS = 4_000_000  # of a scan: LiDARs of 128 beams send a quarter of a million
+LONGEST_FOCUS = 1e7  # pixels, of the numbers in K and P: a telescope's
 MOST_COEFFICIENTS = 14  # of distortion: the tilted rational model of OpenCV has them all
 
 
@@ -65,9 +78,13 @@ class Picture:
         elif self.encoding == "png":
             _decode_png(self.data, out)
         else:
-            depth, order = RAW_ENCODINGS[self.encoding]
+            depth, how = RAW_ENCODINGS[self.encoding]
             rows = self.data[: self.step * self.height].reshape(self.height, self.step)
-            np.take(rows[:, : self.width * depth].reshape(self.height, self.width, depth), order, axis=2, out=out)
+            pixels = rows[:, : self.width * depth].reshape(self.height, self.width, depth)
+            if isinstance(how, str):
+                _convert_raw(pixels, how, out)
+            else:
+                np.take(pixels, how, axis=2, out=out)
 
 
 def nanoseconds(stamp) -> int:
@@ -86,9 +103,13 @@ def raw_picture(message) -> Picture:
     encoding = message.encoding.lower()
     if encoding not in RAW_ENCODINGS:
         raise Refused("unknown encoding", f"encoding {message.encoding!r}, expected one of {', '.join(RAW_ENCODINGS)}")
-    depth, _ = RAW_ENCODINGS[encoding]
+    depth, how = RAW_ENCODINGS[encoding]
     height, width, step = message.height, message.width, message.step
     _possible("impossible size", "a picture", height, width)
+    least, even = (4, 2) if encoding.startswith("bayer") else (1, 1)
+    if height % even or height < least or (isinstance(how, str) and width % 2) or width < least:
+        wanted = "an even width" if even == 1 else f"an even width and height of at least {least}"
+        raise Refused("impossible size", f"{encoding} of {width} x {height} pixels, expected {wanted}")
     if not width * depth <= step <= LONGEST_ROW:
         sentence = f"step {step} bytes, but {width} pixels of {encoding} need {width * depth}"
         raise Refused("wrong step", f"{sentence}, at most {LONGEST_ROW} with padding")
@@ -165,6 +186,14 @@ def cloud_fields(message, names: Sequence[str]) -> np.ndarray:
     return pointcloud.fields(message, names)
 
 
+def _convert_raw(pixels: np.ndarray, conversion: str, out: np.ndarray) -> None:
+    import cv2
+
+    if out.shape[:2] != pixels.shape[:2]:
+        raise ValueError(f"a picture of {pixels.shape[1]} x {pixels.shape[0]} pixels into one of {out.shape[:2][::-1]}")
+    cv2.cvtColor(pixels, getattr(cv2, conversion), dst=out)
+
+
 def _decode_jpeg(data: np.ndarray, out: np.ndarray) -> None:
     import simplejpeg
 
@@ -184,9 +213,11 @@ def _decode_png(data: np.ndarray, out: np.ndarray) -> None:
 
 
 def calibration(message, rectified: bool) -> Calibration:
-    """sensor_msgs/CameraInfo -> Calibration. Refused, never guessed, when it does not describe a pinhole picture.
+    """sensor_msgs/CameraInfo -> Calibration. Refused, never guessed, when it does not say how its camera sees.
 
-    rectified: the images are already rectified, so P holds and D is history; else K holds and D must be zero.
+    rectified: the images are already rectified, so P holds and D is history. Else K and D hold, and where D is not zero
+    P says which pinhole picture is wanted, or K where P says nothing. D of zeros is no lens, whatever the model, as
+    image_geometry reads it.
     """
     _possible("unusable CameraInfo", "CameraInfo", message.height, message.width)
     if len(message.d) > MOST_COEFFICIENTS:
@@ -194,30 +225,50 @@ def calibration(message, rectified: bool) -> Calibration:
         raise Refused("unusable CameraInfo", sentence)
     if message.binning_x > 1 or message.binning_y > 1 or message.roi.width or message.roi.height:
         raise Refused("unusable CameraInfo", "CameraInfo with binning or a region of interest, expected neither")
-    name, k = ("P", np.reshape(message.p, (3, 4))[:, :3]) if rectified else ("K", np.reshape(message.k, (3, 3)))
-    k = np.array(k, np.float64)
-    if not np.isfinite(k).all() or k[0, 0] <= 0 or k[1, 1] <= 0 or not np.allclose(k[2], (0, 0, 1)):
+    if not message.header.frame_id.lstrip("/"):
+        raise Refused("unusable CameraInfo", "CameraInfo without a frame_id, expected the camera's optical frame")
+    k = _intrinsics("P", _projection(message)) if rectified else _intrinsics("K", np.reshape(message.k, (3, 3)))
+    size, frame = (message.height, message.width), message.header.frame_id.lstrip("/")
+    if rectified or not any(message.d):  # NaN is not nothing
+        return Calibration(k, *size, frame)
+    try:
+        lens = Lens(message.distortion_model, tuple(float(c) for c in message.d))
+    except ValueError as error:
+        way = "or rectified images and the camera's `rectified` set to true"
+        raise Refused("unusable CameraInfo", f"CameraInfo with {error}, {way}") from None
+    wanted = _intrinsics("P", _projection(message)) if message.p[0] != 0 else k
+    return Calibration(k, *size, frame, lens, wanted)
+
+
+def _projection(message) -> np.ndarray:
+    """(3, 3) of a CameraInfo's P. Refused where it and R are not those of a camera that stands alone."""
+    p, r = np.reshape(message.p, (3, 4)), np.reshape(message.r, (3, 3))
+    if not np.allclose(r, np.eye(3), rtol=0, atol=1e-6) or not np.allclose(p[:, 3], 0):
+        raise Refused(
+            "unusable CameraInfo",
+            "CameraInfo whose R turns or whose P shifts the camera (a stereo pair), expected R = 1 and P[:, 3] = 0",
+        )
+    return p[:, :3]
+
+
+def _intrinsics(name: str, matrix: np.ndarray) -> np.ndarray:
+    """(3, 3) float64 of a CameraInfo's K or P. Refused where it is not that of a camera."""
+    k = np.array(matrix, np.float64)
+    finite = (np.abs(k) < LONGEST_FOCUS).all()  # NaN is not less
+    if not finite or k[0, 0] <= 0 or k[1, 1] <= 0 or k[1, 0] != 0 or not np.allclose(k[2], (0, 0, 1)):
         raise Refused(
             "unusable CameraInfo",
             f"CameraInfo with {name} = {k.round(3).tolist()}, expected finite, positive focal lengths",
         )
-    distortion = np.array(message.d, np.float64)
-    if not rectified and not (np.isfinite(distortion).all() and (distortion == 0).all()):
-        raise Refused(
-            "unusable CameraInfo",
-            f"CameraInfo with {message.distortion_model or 'unnamed'} distortion {distortion.round(4).tolist()}; give "
-            "rectified images and set the camera's `rectified` to true",
-        )
-    if rectified:
-        turned = np.reshape(message.r, (3, 3)) - np.eye(3)
-        if not np.allclose(turned, 0, atol=1e-6) or not np.allclose(np.reshape(message.p, (3, 4))[:, 3], 0):
-            raise Refused(
-                "unusable CameraInfo",
-                "CameraInfo whose R turns or whose P shifts the camera (a stereo pair), expected R = 1 and P[:, 3] = 0",
-            )
-    if not message.header.frame_id:
-        raise Refused("unusable CameraInfo", "CameraInfo without a frame_id, expected the camera's optical frame")
-    return Calibration(k, message.height, message.width, message.header.frame_id.lstrip("/"))
+    return k
+
+
+def told(message) -> tuple:
+    """All that `calibration` reads of a CameraInfo, quickly: equal where nothing has changed."""
+    arrays = (np.asarray(values, np.float64).tobytes() for values in (message.k, message.d, message.p, message.r))
+    roi, size = (message.roi.width, message.roi.height), (message.height, message.width)
+    binning, frame = (message.binning_x, message.binning_y), message.header.frame_id
+    return *arrays, *size, *roi, *binning, message.distortion_model, frame
 
 
 def transform(message) -> tuple[str, str, int, torch.Tensor]:

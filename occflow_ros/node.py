@@ -92,6 +92,7 @@ class OccupancyNode(LifecycleNode):
         self._configured, self._activated = [], []  # what to destroy at cleanup, at deactivate
         self._model = self._stream = self._collector = self._transforms = self._scans = None
         self._calibrations: list[Calibration | None] = []
+        self._infos: list[tuple | None] = []  # what each camera's latest CameraInfo said, and what came of it
         self._sources: dict[str, str] = {}  # topic of a sensor, as remapped -> its name for `Health`
         self._latest_set: int | None = None  # ns: the stamp of the newest set, whatever became of it
         self._busy: float | None = None  # s, steady: since when the worker has been at one set
@@ -146,7 +147,7 @@ class OccupancyNode(LifecycleNode):
         self.health.tell("trained", str(self._model.trained).lower())
         self.health.tell("weights SHA-256", (self._model.weights or "none: random")[:HASH])
         self._transforms = frames.buffer(jump=s.clock_jump)
-        self._calibrations = [None] * len(s.cameras)
+        self._calibrations, self._infos = [None] * len(s.cameras), [None] * len(s.cameras)
         self._out = self._offer(_message("occflow_msgs", "VoxelFlow"), "~/occupancy")
         self._out_points = self._offer(PointCloud2, "~/points")
         self._out_markers = self._offer(MarkerArray, "~/markers")
@@ -415,12 +416,22 @@ class OccupancyNode(LifecycleNode):
         self.health.image(LIDAR, now, convert.nanoseconds(message.header.stamp))
 
     def _on_info(self, message: CameraInfo, camera: int, name: str) -> None:
-        settings = self.settings.camera[camera]
-        try:
-            self._calibrations[camera] = convert.calibration(message, settings.rectified)
-        except Refused as refused:
+        settings, told = self.settings.camera[camera], convert.told(message)
+        before = self._infos[camera]
+        if before is None or before[0] != told:  # drivers repeat it with each image
+            try:
+                known = convert.calibration(message, settings.rectified)
+            except Refused as refused:
+                known = refused
+            self._infos[camera] = told, known
+            if before is not None:
+                self._say(f"{name} CameraInfo", f"{settings.info_topic} changed: it was {before[1]}; it is {known}")
+        known = self._infos[camera][1]
+        if isinstance(known, Refused):
             self._calibrations[camera] = None  # what came last does not hold: better no camera than a wrong one
-            self._refuse(name, settings.info_topic, refused)
+            self._refuse(name, settings.info_topic, known)
+        else:
+            self._calibrations[camera] = known
 
     def _on_tf(self, message) -> None:
         self._take_transforms(message, static=False)
@@ -661,7 +672,10 @@ def _device(name: str) -> str:
     kind, _, number = name.partition(":")
     here = torch.cuda.device_count() if kind == "cuda" else 1
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or int(number or 0) >= here:
-        raise ParameterProblem(f"device: {name!r} is not here; auto, cpu or cuda:N (this machine has {here} of {kind})")
+        devices = torch.cuda.device_count()
+        raise ParameterProblem(
+            f"device: {name!r} is not here; auto, cpu or cuda:N (this machine has {devices} of cuda)"
+        )
     return name
 
 

@@ -22,7 +22,9 @@ class CameraSettings:
     image_topic: str = _parameter("/{}/image_raw/compressed", "images of this camera")
     info_topic: str = _parameter("/{}/camera_info", "its sensor_msgs/CameraInfo")
     compressed: bool = _parameter(True, "true: CompressedImage (JPEG or PNG); false: Image")
-    rectified: bool = _parameter(False, "true: images are rectified, use P; false: use K, distortion must be zero")
+    rectified: bool = _parameter(
+        False, "true: images are rectified, P holds; false: K and D hold, the lens is taken out"
+    )
     offset: float = _parameter(0.0, "s; stamp minus offset is equal within a set (cameras that trigger in turn)", -1, 1)
 
 

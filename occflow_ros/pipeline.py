@@ -3,9 +3,10 @@
 import math
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ import torch
 from occflow_core.geometry import rigid
 from occflow_core.pointcloud import Scan, together
 from occflow_core.runtime import Stream
+from occflow_core.runtime.prepare import Rectifier, Resizer
 from occflow_core.types import NANO, Frame, Prediction
 
-from .assemble import ImageSet, Scans, frame_of
+from .assemble import Calibration, ImageSet, Scans, frame_of
 from .frames import TransformBuffer, TransformError
 from .health import LIDAR, Health
 
@@ -54,6 +56,8 @@ class Pipeline:
         self.fixed_frame, self.base_frame, self.tf_wait = fixed_frame, base_frame, tf_wait
         self.min_cameras, self.scans = min_cameras, scans
         self._mounts: list[torch.Tensor | None] = [None] * len(self.names)  # the latest known, base_from_camera
+        self._rig: list[Calibration | None] = [None] * len(self.names)  # the latest, of those missing too
+        self._ways: OrderedDict[tuple, Resizer | Rectifier | ValueError] = OrderedDict()  # by calibration, latest last
         self._decoders = ThreadPoolExecutor(min(len(self.names), os.cpu_count() or 1), "decode")
 
     def close(self) -> None:
@@ -77,20 +81,27 @@ class Pipeline:
         return Served(images, prediction)
 
     def _decode(self, images: ImageSet) -> tuple[ImageSet | None, np.ndarray | None]:
-        """Pictures (N, H, W, 3) uint8 RGB of the set; a broken one becomes a hole."""
-        sizes = {(shot.picture.height, shot.picture.width) for shot in images.pictures if shot is not None}
-        if len(sizes) > 1:
-            text = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
-            self._lost("picture sizes differ", f"a set was refused: its pictures are {text}, expected one size")
-            return None, None
-        height, width = sizes.pop()
-        pictures = np.empty((len(self.names), height, width, 3), np.uint8)
+        """Pictures (N, H, W, 3) uint8 RGB of the set, its Shots with calibrations that are true for them; a broken one
+        becomes a hole."""
+        for camera, shot in enumerate(images.pictures):
+            self._rig[camera] = self._rig[camera] if shot is None else shot.calibration
+        size = self._common_size()
+        ways: list[Resizer | Rectifier | None] = [None] * len(self.names)
+        if size is None:
+            size = self._network_size()
+            images, ways = self._to_network(images)
+        pictures = np.empty((len(self.names), *size, 3), np.uint8)
 
         def decode(camera: int) -> Exception | None:
-            shot = images.pictures[camera]
+            shot, way = images.pictures[camera], ways[camera]
             try:
-                if shot is not None:
+                if shot is not None and way is None:
                     shot.picture.decode_into(pictures[camera])
+                    return None
+                if shot is not None:
+                    whole = np.empty((shot.picture.height, shot.picture.width, 3), np.uint8)
+                    shot.picture.decode_into(whole)
+                    way.into(pictures[camera], whole)
                     return None
             except Exception as error:  # whatever it is, it costs one camera and not the set
                 shot = None
@@ -102,9 +113,59 @@ class Pipeline:
 
         for camera, error in enumerate(self._decoders.map(decode, range(len(self.names)))):
             if error is not None:
-                sentence = f"{self.topics[camera]}: refused: {error}, expected a whole picture of {width} x {height}"
+                known = self._rig[camera]
+                whole = f"a whole picture of {known.width} x {known.height}"
+                sentence = f"{self.topics[camera]}: refused: {error}, expected {whole}"
                 images = self._hole(images, camera, "broken image", sentence)
         return self._enough(images), pictures
+
+    def _common_size(self) -> tuple[int, int] | None:
+        """(height, width) where all cameras of the rig are pinholes of one size: their pictures go to the Stream as
+        they are, which resizes them together. Else None: each goes to network size on its own way.
+
+        All that were ever heard count, so that a camera which is missing for a while changes nothing.
+        """
+        known = [calibration for calibration in self._rig if calibration is not None]
+        sizes = {(calibration.height, calibration.width) for calibration in known}
+        return sizes.pop() if len(sizes) == 1 and all(calibration.lens is None for calibration in known) else None
+
+    def _network_size(self) -> tuple[int, int]:
+        config = self.stream.model.system.config
+        return config.height, config.width
+
+    def _to_network(self, images: ImageSet) -> tuple[ImageSet, list[Resizer | Rectifier | None]]:
+        """How each camera's picture becomes the network's, and its Shots with calibrations that are true for that. A
+        camera whose lens leaves no such picture becomes a hole."""
+        shots, ways = list(images.pictures), [None] * len(self.names)
+        for camera, shot in enumerate(images.pictures):
+            if shot is None:
+                continue
+            way = self._way(shot.calibration)
+            if isinstance(way, ValueError):
+                shots[camera] = None
+                images = self._hole(images, camera, "unusable lens", f"{self.topics[camera]}: refused: {way}")
+                continue
+            fitted = Calibration(way.pixels_from_camera, *self._network_size(), shot.calibration.optical_frame)
+            shots[camera], ways[camera] = replace(shot, calibration=fitted), way
+        return replace(images, pictures=tuple(shots)), ways
+
+    def _way(self, calibration: Calibration) -> Resizer | Rectifier | ValueError:
+        """From a camera's picture to the network's, or why there is none. Made once a calibration, since a lens takes a
+        fifth of a second; two a camera are kept, for publishers that contradict each other on one topic."""
+        key = calibration.key
+        if key not in self._ways:
+            k, sizes = calibration.pixels_from_camera, ((calibration.height, calibration.width), self._network_size())
+            try:
+                if calibration.lens is None:
+                    self._ways[key] = Resizer(k, *sizes, self.stream.model.resize)
+                else:
+                    self._ways[key] = Rectifier(calibration.lens, k, calibration.pinhole, *sizes)
+            except ValueError as problem:
+                self._ways[key] = problem
+            while len(self._ways) > 2 * len(self.names):
+                self._ways.popitem(last=False)
+        self._ways.move_to_end(key)
+        return self._ways[key]
 
     def _frame(self, images: ImageSet, pictures: np.ndarray) -> tuple[ImageSet | None, Frame | None]:
         """The Frame of decoded pictures; a camera whose transforms are unknown becomes a hole."""

@@ -45,6 +45,14 @@ def test_what_a_cloud_lacks_is_zero_unless_it_is_a_place():
         read(message(layout, cloud, {"x": 7, "z": 7}))
 
 
+@pytest.mark.parametrize("intensity", [float("nan"), float("inf"), -float("inf")])
+def test_a_point_whose_intensity_is_no_number_has_none(intensity):
+    layout = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("intensity", "<f4")])
+    cloud = np.array([(1.0, 2.0, 3.0, intensity), (1.0, 2.0, 4.0, 9.0)], layout)
+    told = message(layout, cloud, {"x": 7, "y": 7, "z": 7, "intensity": 7})
+    assert read(told).tolist() == [[1.0, 2.0, 3.0, 0.0, 0.0], [1.0, 2.0, 4.0, 9.0, 0.0]]
+
+
 def test_earlier_scans_lie_where_the_car_is_now_and_leave_out_the_car_itself():
     near = torch.tensor([[0.5, -0.9, 1.0, 9.0, 3.0], [1.0, 0.0, -1.0, 8.0, 3.0]])
     ahead = rigid.from_quaternion((0.5**0.5, 0.0, 0.0, 0.5**0.5), (-2.0, 0.0, 1.8))  # turned left, 2 m behind

@@ -36,31 +36,11 @@ def from_quaternion(wxyz, translation) -> Tensor:
 
 def to_quaternion(a_from_b: Tensor) -> tuple[list[float], list[float]]:
     """Quaternion (w, x, y, z), w >= 0, and translation (x, y, z) of one (4, 4) motion."""
+    from scipy.spatial.transform import Rotation
+
     matrix = a_from_b.detach().to("cpu", torch.float64)
-    rows = matrix[:3, :3].tolist()
-    if not _orthonormal(rows):  # float32, or a calibration written with a few digits
-        rows = closest_rotation(matrix[:3, :3])[0].tolist()
-    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = rows
-    # four times the products of the largest part of (w, x, y, z) with all four: no small number is divided by
-    trace = xx + yy + zz
-    products = (
-        (1 + trace, zy - yz, xz - zx, yx - xy),
-        (zy - yz, 1 + 2 * xx - trace, xy + yx, xz + zx),
-        (xz - zx, xy + yx, 1 + 2 * yy - trace, yz + zy),
-        (yx - xy, xz + zx, yz + zy, 1 + 2 * zz - trace),
-    )
-    line = products[max(range(4), key=lambda i: products[i][i])]
-    length = math.copysign(math.hypot(*line), line[0])
-    return [v / length for v in line], matrix[:3, 3].tolist()
-
-
-def _orthonormal(rows: list[list[float]]) -> bool:
-    """Is a 3x3 a proper rotation to the last digits of float64?"""
-    (a, b, c), (d, e, f), (g, h, i) = rows
-    # of a proper rotation the third row is the cross product of the other two
-    off = (a * a + b * b + c * c - 1, d * d + e * e + f * f - 1, a * d + b * e + c * f)
-    off += (b * f - c * e - g, c * d - a * f - h, a * e - b * d - i)
-    return all(abs(v) < 1e-12 for v in off)
+    x, y, z, w = Rotation.from_matrix(closest_rotation(matrix[:3, :3])[0].numpy()).as_quat().tolist()
+    return ([w, x, y, z] if w >= 0 else [-w, -x, -y, -z]), matrix[:3, 3].tolist()
 
 
 def closest_rotation(matrix: Tensor) -> tuple[Tensor, float]:
@@ -85,17 +65,14 @@ def apply(a_from_b: Tensor, points: Tensor) -> Tensor:
 
 def interpolate(first: Tensor, last: Tensor, fraction: float) -> Tensor:
     """The (4, 4) float64 motion between two: translation linear, rotation by slerp the short way (as TF does)."""
-    q0, p0 = to_quaternion(first)
-    q1, p1 = to_quaternion(last)
-    if sum(a * b for a, b in zip(q0, q1, strict=True)) < 0:
-        q1 = [-v for v in q1]
-    angle = 2 * math.atan2(math.dist(q0, q1), math.hypot(*(a + b for a, b in zip(q0, q1, strict=True))))
-    # slerp is exact at any angle; pyquaternion's is linear below 3.6 degrees and off by a millionth of a radian there
-    w0, w1 = 1 - fraction, fraction
-    if (sine := math.sin(angle)) > 0:
-        w0, w1 = math.sin(w0 * angle) / sine, math.sin(w1 * angle) / sine
-    between = [a * w0 + b * w1 for a, b in zip(q0, q1, strict=True)]
-    return from_quaternion(between, [a + (b - a) * fraction for a, b in zip(p0, p1, strict=True)])
+    from scipy.spatial.transform import Rotation, Slerp
+
+    ends = torch.stack([first, last]).detach().to("cpu", torch.float64)
+    turns = Rotation.from_matrix(torch.stack([closest_rotation(end[:3, :3])[0] for end in ends]).numpy())
+    between = torch.eye(4, dtype=torch.float64)
+    between[:3, :3] = torch.from_numpy(Slerp([0.0, 1.0], turns)(fraction).as_matrix())
+    between[:3, 3] = torch.lerp(*ends[:, :3, 3], fraction)
+    return between
 
 
 def difference(first: Tensor, last: Tensor) -> tuple[float, float]:

@@ -1,17 +1,24 @@
-"""Frames at camera size -> frames at network size. N cameras, H W pixels."""
+"""Frames, or single pictures, at camera size -> at network size. N cameras, H W pixels."""
 
 from dataclasses import dataclass, replace
-from math import gcd
+from math import ceil, gcd
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..geometry import Cameras
+from ..geometry.lenses import Lens, least_zoom, real_pixels, zoomed
 from ..types import Frame
 
 # Both are antialiased. "pillow" equals Pillow's BICUBIC, which published weights were trained with, within one grey
 # level; where it hardly shrinks or enlarges (scale above 0.6), fewer than one pixel in ten thousand is off by two.
 RESIZES = {"fast": "bilinear", "pillow": "bicubic"}
 REACH = 2  # pixels of the result that a filter reaches (bicubic; bilinear 1)
+APART = 1.25  # pixels of the given picture between two of its samples, see `Rectifier`
+BAND = 16  # rows of the result whose places are computed at once
+FINEST = 8  # samples along a pixel of the result: maps of a network's picture stay below 100 MB
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,82 @@ def prepare(frame: Frame, height: int, width: int, resize: str) -> Frame:
     to = fit(size, (height, width))
     cameras = frame.cameras.resized(to.height, to.width).cropped(to.top, to.left, height, width)
     return replace(frame, images=_resize(frame.images, to, height, width, RESIZES[resize]), cameras=cameras)
+
+
+class Resizer:
+    """Pictures of one pinhole camera -> the network's: `prepare` for one camera of a rig whose sizes differ."""
+
+    def __init__(self, pixels_from_camera: np.ndarray, size: tuple[int, int], to_size: tuple[int, int], resize: str):
+        """pixels_from_camera (3, 3); sizes are (height, width); resize: a word of RESIZES."""
+        self.pixels_from_camera = _fitted(pixels_from_camera, size, to_size)  # (3, 3), true for the network's pictures
+        self._fit, self._size, self._mode = fit(size, to_size), to_size, RESIZES[resize]
+
+    def into(self, out: np.ndarray, picture: np.ndarray) -> None:
+        """Writes the network's picture of `picture` (H, W, 3) uint8 into `out` (height, width, 3) uint8."""
+        given = torch.from_numpy(picture).permute(2, 0, 1)[None]
+        out[:] = _resize(given, self._fit, *self._size, self._mode)[0].permute(1, 2, 0).numpy()
+
+
+class Rectifier:
+    """Pictures through a lens -> the network's pictures of a pinhole camera at the same place, in one resampling.
+
+    The pinhole camera is the wanted one, fitted as `fit` does and zoomed in as far as it must be, so that each of its
+    pixels was really seen: what it claims to see, `ops.observed` may believe.
+
+    A pixel of the result takes several of the given picture together, so it is the mean of a square of bilinear
+    samples: one alone, at 1600x900 -> 352x128, would look at four of the twenty pixels that belong to it, and fine
+    patterns would become coarse ones. Neighbouring samples are at most APART pixels apart; each reaches one pixel to
+    every side, so all pixels count nearly alike. Maps are made once, in float64, and kept as fixed-point numbers (1/32
+    pixel), for which OpenCV is fastest.
+    """
+
+    def __init__(
+        self,
+        lens: Lens,
+        real_pixels_from_camera: np.ndarray,  # (3, 3), of the lens's picture
+        wanted_pixels_from_camera: np.ndarray,  # (3, 3), of a pinhole picture of the same size
+        size: tuple[int, int],  # height, width
+        to_size: tuple[int, int],
+    ):
+        """ValueError where no zoom of at most `lenses.MOST_ZOOM` does it."""
+        import cv2
+
+        wanted = _fitted(wanted_pixels_from_camera, size, to_size)
+        self.zoom = least_zoom(lens, real_pixels_from_camera, size, wanted, to_size)
+        self.pixels_from_camera = zoomed(wanted, self.zoom)  # (3, 3), true for the network's pictures
+        self._size = to_size
+
+        def places(samples: int, first: int, last: int) -> np.ndarray:
+            """(rows samples, width samples, 2) for rows `first` to `last` - 1 of the result: where each of its samples
+            is taken in the given picture, whose first pixel's middle is (0, 0)."""
+            v = (np.arange(first * samples, last * samples) + 0.5) / samples
+            u = (np.arange(to_size[1] * samples) + 0.5) / samples
+            pixels = np.stack(np.meshgrid(u, v), axis=-1)
+            return real_pixels(lens, real_pixels_from_camera, self.pixels_from_camera, pixels)[0] - 0.5
+
+        each = places(1, 0, to_size[0])
+        apart = max(np.linalg.norm(np.diff(each, axis=axis), axis=-1).max(initial=0.0) for axis in (0, 1))
+        samples = min(max(1, ceil(apart / APART)), FINEST)
+        bands = []
+        for first in range(0, to_size[0], BAND):  # float64 for all rows at once could be a gigabyte
+            x, y = np.moveaxis(places(samples, first, min(first + BAND, to_size[0])), -1, 0).astype(np.float32)
+            bands.append(cv2.convertMaps(x, y, cv2.CV_16SC2))
+        self._maps = [np.concatenate(parts) for parts in zip(*bands, strict=True)]
+
+    def into(self, out: np.ndarray, picture: np.ndarray) -> None:
+        """Writes the network's picture of `picture` (H, W, 3) uint8 into `out` (height, width, 3) uint8."""
+        import cv2
+
+        # the border is repeated for the outer half of the outermost pixels only: no sample lies farther out
+        samples = cv2.remap(picture, *self._maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        cv2.resize(samples, self._size[::-1], dst=out, interpolation=cv2.INTER_AREA)
+
+
+def _fitted(pixels_from_camera: np.ndarray, size: tuple[int, int], to_size: tuple[int, int]) -> np.ndarray:
+    """(3, 3) of the pictures after `fit`."""
+    to, nowhere = fit(size, to_size), torch.eye(4, dtype=torch.float64)
+    camera = Cameras(torch.from_numpy(pixels_from_camera).double(), nowhere, *size)
+    return camera.resized(to.height, to.width).cropped(to.top, to.left, *to_size).pixels_from_camera.numpy()
 
 
 def _resize(images: Tensor, to: Fit, height: int, width: int, mode: str) -> Tensor:

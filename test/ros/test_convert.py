@@ -63,6 +63,66 @@ def test_mono8_becomes_grey():
     assert np.array_equal(decoded(convert.raw_picture(raw(grey, "mono8"))), np.repeat(grey[..., None], 3, axis=2))
 
 
+RED_BLUE = np.where(np.arange(W)[None, :, None] < W // 2, (200, 90, 30), (10, 60, 220)).repeat(H, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "sites"),  # what the pixels (0, 0), (0, 1), (1, 0), (1, 1) are sensitive to
+    [("bayer_rggb8", "rggb"), ("BAYER_BGGR8", "bggr"), ("bayer_gbrg8", "gbrg"), ("bayer_grbg8", "grbg")],
+)
+@pytest.mark.parametrize("padding", [0, 5])
+def test_behind_a_bayer_filter_red_stays_red_and_on_the_left(encoding, sites, padding):
+    mosaic = np.empty((H, W), np.uint8)
+    for site, colour in enumerate(sites):
+        row, column = divmod(site, 2)
+        mosaic[row::2, column::2] = RED_BLUE[row::2, column::2, "rgb".index(colour)]
+    seen = decoded(convert.raw_picture(raw(mosaic, encoding, step=W + padding)))
+    edge = slice(W // 2 - 2, W // 2 + 2)  # where two colours meet, they mix
+    assert np.array_equal(np.delete(seen, edge, axis=1), np.delete(RED_BLUE, edge, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "order"),  # of the bytes of two pixels
+    [("yuv422", "uyvz"), ("uyvy", "uyvz"), ("yuv422_yuy2", "yuzv"), ("YUYV", "yuzv")],
+)
+@pytest.mark.parametrize("padding", [0, 6])
+def test_two_pixels_that_share_their_colour_keep_their_own_light(encoding, order, padding):
+    # BT.601: black and white; a pure red and a grey of its chroma's opposite
+    for (y, z, u, v), left, right in (
+        ((16, 235, 128, 128), (0, 0, 0), (255, 255, 255)),
+        ((81, 81, 90, 240), (255, 0, 0), (255, 0, 0)),
+        ((41, 41, 240, 110), (0, 0, 255), (0, 0, 255)),
+    ):
+        pair = [{"y": y, "z": z, "u": u, "v": v}[name] for name in order]
+        rows = np.tile(np.array(pair, np.uint8), (H, W // 2))
+        seen = decoded(convert.raw_picture(raw(rows, encoding, step=2 * W + padding)))
+        assert np.abs(seen[:, 0::2].astype(int) - left).max() <= 2
+        assert np.abs(seen[:, 1::2].astype(int) - right).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("encoding", "depth", "size", "words"),
+    [
+        ("bayer_rggb8", 1, (H, W - 1), "bayer_rggb8 of 31 x 24 pixels, expected an even width and height"),
+        ("bayer_rggb8", 1, (H - 1, W), "bayer_rggb8 of 32 x 23 pixels, expected an even width and height"),
+        ("bayer_rggb8", 1, (2, 2), "bayer_rggb8 of 2 x 2 pixels, expected an even width and height of at least 4"),
+        ("yuv422", 2, (H, W - 1), "yuv422 of 31 x 24 pixels, expected an even width"),
+        ("yuv422_yuy2", 2, (H, W - 1), "yuv422_yuy2 of 31 x 24 pixels, expected an even width"),
+        ("yuv422", 2, (H - 1, W), None),
+        ("mono8", 1, (H - 1, W - 1), None),
+        ("mono8", 1, (1, 1), None),
+    ],
+)
+def test_sizes_that_a_format_cannot_have_are_refused(encoding, depth, size, words):
+    message = raw(np.zeros((size[0], size[1] * depth), np.uint8), encoding, height=size[0], width=size[1])
+    if words is None:
+        assert decoded(convert.raw_picture(message)).shape == (*size, 3)
+        return
+    with pytest.raises(Refused, match=words) as refused:
+        convert.raw_picture(message)
+    assert refused.value.reason == "impossible size"
+
+
 def test_the_last_row_may_lack_its_padding():
     message = raw(rgb(), "rgb8", step=W * 3 + 4)
     message.data = message.data[:-4]
@@ -154,8 +214,14 @@ def test_raw_images_use_k_and_rectified_images_use_p():
         ({"k": [float("nan")] * 9}, "expected finite"),
         ({"k": [0.0] * 9}, "positive focal lengths"),
         ({"width": 0}, "0 x 24"),
-        ({"d": [0.1, 0, 0, 0, 0]}, "rectified"),
-        ({"d": [float("nan")]}, "rectified"),
+        ({"k": [500.0, 0, 16, 3.0, 500, 12, 0, 0, 1]}, "expected finite, positive focal lengths"),
+        ({"k": [1e9, 0, 16, 0, 1e9, 12, 0, 0, 1]}, "expected finite"),
+        ({"d": [float("nan")] * 5}, "plumb_bob distortion .* expected finite .* `rectified` set to true"),
+        ({"d": [0.1] * 3}, "plumb_bob with 3 coefficients of distortion, expected 4 or 5, or rectified images"),
+        ({"d": [0.1] * 5, "distortion_model": "fov"}, "distortion model 'fov', expected one of plumb_bob"),
+        ({"d": [0.1] * 5, "distortion_model": "equidistant"}, "equidistant with 5 coefficients"),
+        ({"d": [0.1] * 4, "p": [float("nan")] + [0.0] * 11}, "with P = "),
+        ({"d": [0.1] * 4, "r": [0.995, 0.1, 0, -0.1, 0.995, 0, 0, 0, 1]}, "stereo pair"),
         ({"binning_x": 2}, "binning"),
         ({"roi": SimpleNamespace(width=3, height=3)}, "region of interest"),
         ({"header": SimpleNamespace(frame_id="")}, "frame_id"),
@@ -164,6 +230,53 @@ def test_raw_images_use_k_and_rectified_images_use_p():
 def test_calibration_that_does_not_hold_is_refused_never_guessed(change, words):
     with pytest.raises(Refused, match=words):
         convert.calibration(info(**change), rectified=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "bend"),
+    [
+        ("plumb_bob", [0.1] * 4),
+        ("plumb_bob", [0.1] * 5),
+        ("rational_polynomial", [0.1] * 8),
+        ("equidistant", [0.1] * 4),
+    ],
+)
+def test_a_lens_is_kept_with_its_k_and_p_says_what_is_wanted_without_it(model, bend):
+    known = convert.calibration(info(d=bend, distortion_model=model), rectified=False)
+    assert known.pixels_from_camera[0].tolist() == [500.0, 0.0, 16.0]
+    assert (known.lens.model, list(known.lens.coefficients)) == (model, bend)
+    assert known.pinhole[0].tolist() == [400.0, 0.0, 15.0]
+    silent = convert.calibration(info(d=bend, distortion_model=model, p=[0.0] * 12), rectified=False)
+    assert silent.pinhole[0].tolist() == [500.0, 0.0, 16.0]
+    assert convert.calibration(info(d=bend, distortion_model=model), rectified=True).lens is None
+
+
+def test_d_of_zeros_is_no_lens_whatever_the_model():
+    for model, bend in (("plumb_bob", [0.0] * 5), ("equidistant", [0.0] * 4), ("", []), ("made up", [0.0, -0.0])):
+        known = convert.calibration(info(d=bend, distortion_model=model), rectified=False)
+        assert known.lens is None and known.pixels_from_camera[0, 0] == 500
+
+
+def test_what_a_camera_info_tells_changes_with_every_field_that_is_read():
+    before = convert.told(info())
+    assert convert.told(info()) == before
+    assert convert.told(info(k=[float("nan")] * 9)) == convert.told(info(k=[float("nan")] * 9))  # by their bytes
+    for change in (
+        {"k": [501.0] + [0.0] * 8},
+        {"p": [401.0] + [0.0] * 11},
+        {"d": [0.1] + [0.0] * 4},
+        {"d": [0.0] * 4},
+        {"r": [0.5] + [0.0] * 8},
+        {"height": 25},
+        {"width": 33},
+        {"distortion_model": "equidistant"},
+        {"header": SimpleNamespace(frame_id="other")},
+        {"binning_x": 2},
+        {"binning_y": 2},
+        {"roi": SimpleNamespace(width=3, height=0)},
+        {"roi": SimpleNamespace(width=0, height=3)},
+    ):
+        assert convert.told(info(**change)) != before, change
 
 
 def test_rectified_cameras_of_a_stereo_pair_are_refused():

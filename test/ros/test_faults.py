@@ -346,6 +346,17 @@ def test_a_camera_info_that_changes_is_taken_and_memory_forgotten(stage):
     assert unpack(message).unobserved[far].float().mean() > 0.3, "it sees half as wide"
 
 
+def test_a_camera_whose_info_begins_to_tell_of_a_lens_is_used_without_it(stage):
+    assert stage.answer().cameras_used == ALL
+    stage.car.info("cam_back", d=[-0.2, 0.05, 0.0, 0.0, 0.0])
+    stage.until(lambda: stage.said("/cam_back/camera_info changed: it was 160 x 90 pixels in cam_back_optical_frame"))
+    assert stage.answer().cameras_used == ALL and stage.node._calibrations[3].lens is not None
+    stage.car.info("cam_back", d=[-20.0, 0.0, 0.0, 0.0, 0.0])
+    stage.until(lambda: stage.node._calibrations[3].lens.coefficients[0] == -20)
+    assert stage.answer().cameras_used == ALL & ~bit("cam_back")
+    stage.until(lambda: stage.said("/cam_back/image_raw/compressed: refused: the plumb_bob lens [-20.0, "))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

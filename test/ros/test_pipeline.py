@@ -1,14 +1,23 @@
-"""A set and the scans before it become one Frame; without a scan, where the model needs one, nothing is answered."""
+"""A set and the scans before it become one Frame, whatever the sizes and lenses of its cameras; without a scan, where
+the model needs one, nothing is answered."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
+import cv2
 import numpy as np
 import pytest
 import torch
+from systems.small import build
 
 from occflow_core.geometry import rigid
+from occflow_core.geometry.lenses import Lens
+from occflow_core.runtime import Model, stream
+from occflow_core.runtime.prepare import prepare
 from occflow_ros.assemble import Calibration, Cloud, ImageSet, Scans, Shot
 from occflow_ros.frames import TransformBuffer
 from occflow_ros.health import Health
-from occflow_ros.pipeline import Pipeline
+from occflow_ros.pipeline import Pipeline, Rectifier
 
 MS = 1_000_000
 START = 1_700_000_000_000 * MS
@@ -25,8 +34,10 @@ class Picture:
 class Asked:
     """A stream that keeps what it was given."""
 
-    def __init__(self):
+    def __init__(self, height=64, width=96):
         self.frames, self.seconds = [], {}
+        config = SimpleNamespace(height=height, width=width)
+        self.model = SimpleNamespace(system=SimpleNamespace(config=config), resize="fast")
 
     def step(self, frame):
         self.frames.append(frame)
@@ -109,4 +120,183 @@ def test_a_scan_whose_transform_is_unknown_is_left_out():
     assert torch.allclose(stream.frames[0].points[:, 4], torch.tensor([0.0, 0.1]))
     assert health.report(0.0)[2].values["dropped: no transform"] == 1
     assert "TF has not named nowhere" in said[0]
+    pipeline.close()
+
+
+# ---- sizes and lenses
+
+BARREL = Lens("plumb_bob", (-0.3, 0.1, 0.001, -0.002, -0.02))
+FISHEYE = Lens("equidistant", (0.02, -0.01, 0.003, -0.001))
+
+
+class Seen:
+    """A picture that is decoded already."""
+
+    def __init__(self, pixels):
+        self.pixels, (self.height, self.width) = pixels, pixels.shape[:2]
+
+    def decode_into(self, out):
+        out[:] = self.pixels
+
+
+def calibrated(name, height, width, lens=None, focus=0.5) -> Calibration:
+    k = np.array([[focus * width, 0, 0.51 * width], [0, focus * width, 0.48 * height], [0, 0, 1.0]])
+    return Calibration(k, height, width, name, lens, None if lens is None else k)
+
+
+def noise(calibration, seed=0) -> Seen:
+    rng = np.random.default_rng(seed)
+    return Seen(rng.integers(0, 256, (calibration.height, calibration.width, 3), dtype=np.uint8))
+
+
+def fleet(names):
+    """A pipeline of cameras that all look ahead from where they stand on a car that does not move."""
+    transforms, said = TransformBuffer(), []
+    for i, name in enumerate(names):
+        mount = rigid.from_quaternion((0.5, -0.5, 0.5, -0.5), (1.0, 0.2 * i, 1.5))
+        transforms.add("base_link", name, START, mount, static=True)
+    transforms.add("map", "base_link", START, torch.eye(4, dtype=torch.float64), static=True)
+    asked, say = Asked(), lambda key, sentence: said.append(sentence)
+    health = Health(names, "net")
+    topics = [f"/{name}/image" for name in names]
+    return Pipeline(names, topics, transforms, asked, health, "map", "base_link", 0.0, 1, say), asked, said
+
+
+def together(calibrations, ms=0, pictures=None) -> ImageSet:
+    """A set of all cameras that have a calibration."""
+    pictures = pictures or [None if c is None else noise(c, i) for i, c in enumerate(calibrations)]
+    shots = [None if c is None else Shot(p, c) for p, c in zip(pictures, calibrations, strict=True)]
+    return ImageSet(tuple(shots), tuple(None if s is None else START + ms * MS for s in shots), 0)
+
+
+def test_pinholes_of_one_size_stay_at_camera_size():
+    names = ["a", "b"]
+    pipeline, asked, _ = fleet(names)
+    calibrations = [calibrated(name, 120, 200) for name in names]
+    assert pipeline.serve(together(calibrations)) is not None
+    assert asked.frames[0].images.shape == (2, 3, 120, 200)
+    assert np.array_equal(asked.frames[0].images[1].permute(1, 2, 0).numpy(), noise(calibrations[1], 1).pixels)
+    pipeline.close()
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_cameras_of_any_number_name_and_size_are_seen_as_each_would_be_alone(count):
+    names = ["x", "Kamera_2", "rear", "d/e", "mirror", "f6", "roof.left", "h"][:count]
+    sizes = [(120, 200), (90, 300), (64, 96), (200, 120), (120, 200), (480, 640), (97, 101), (64, 97)][:count]
+    pipeline, asked, said = fleet(names)
+    calibrations = [calibrated(name, *size) for name, size in zip(names, sizes, strict=True)]
+    assert pipeline.serve(together(calibrations)) is not None and not said
+    mixed = prepare(asked.frames[0], 64, 96, "fast")
+    assert mixed.names == tuple(names) and mixed.used.all()
+    for i, calibration in enumerate(calibrations):
+        single, alone, _ = fleet(names)
+        assert single.serve(together([calibration if j == i else None for j in range(count)])) is not None
+        expected = prepare(alone.frames[0], 64, 96, "fast")
+        assert torch.equal(mixed.cameras.pixels_from_camera[i], expected.cameras.pixels_from_camera[i])
+        assert torch.equal(mixed.cameras.car_from_camera[i], expected.cameras.car_from_camera[i])
+        assert torch.equal(mixed.images[i], expected.images[i])
+        single.close()
+    pipeline.close()
+
+
+@pytest.mark.parametrize("other", [calibrated("b", 90, 300), calibrated("b", 120, 200, BARREL)], ids=["size", "lens"])
+def test_a_camera_that_is_missing_for_a_while_changes_nothing_for_the_others(other):
+    pipeline, asked, _ = fleet(["a", "b"])
+    a = calibrated("a", 120, 200)
+    for k, b in enumerate((other, None, other)):
+        assert pipeline.serve(together([a, b], ms=k)) is not None
+    first, without, last = asked.frames
+    assert first.images.shape == without.images.shape == last.images.shape == (2, 3, 64, 96)
+    assert torch.equal(first.images[0], without.images[0]) and not without.images[1].any()
+    assert without.used.tolist() == [True, False]
+    assert all(stream.follows(f, g, 2.0) for f, g in ((first, without), (without, last)))
+    pipeline.close()
+
+
+def test_memory_is_forgotten_where_a_calibration_really_changed_and_not_where_only_the_size_did():
+    pipeline, asked, _ = fleet(["a", "b"])
+    a = calibrated("a", 120, 200, BARREL)
+    tele = calibrated("b", 120, 200, focus=0.7)
+    for k, b in enumerate((calibrated("b", 120, 200), calibrated("b", 240, 400), tele)):
+        pipeline.serve(together([a, b], ms=k))
+    first, larger, longer = asked.frames
+    assert stream.follows(first, larger, 2.0) and not stream.follows(larger, longer, 2.0)
+    pipeline.close()
+
+
+def test_a_network_answers_a_rig_of_mixed_sizes_and_lenses_and_remembers():
+    pipeline, _, said = fleet(["a", "b", "c"])
+    pipeline.stream = taker = stream.Stream(Model(build(), "small", False, "fast", None))
+    rig = [calibrated("a", 120, 200, BARREL), calibrated("b", 90, 300), calibrated("c", 240, 240, FISHEYE)]
+    for k, calibrations in enumerate((rig, [rig[0], None, None], rig)):
+        memory = taker.memory
+        served = pipeline.serve(together(calibrations, ms=100 * k))
+        assert (memory is None) == (k == 0) and taker.last.stamp == START + 100 * k * MS
+        assert served.prediction.unobserved.any() and not served.prediction.unobserved.all()
+    assert not said
+    pipeline.close()
+
+
+@pytest.mark.parametrize("lens", [BARREL, FISHEYE], ids=lambda lens: lens.model)
+def test_what_a_lens_shows_lands_where_the_frames_camera_projects_it(lens):
+    pipeline, asked, said = fleet(["a", "b"])
+    calibration = calibrated("a", 480, 720, lens)
+    point = torch.tensor([[9.0, 1.7, 0.9]], dtype=torch.float64)  # in the car frame
+    camera_from_car = rigid.inverse(rigid.from_quaternion((0.5, -0.5, 0.5, -0.5), (1.0, 0.0, 1.5)))
+    given, bend = rigid.apply(camera_from_car, point).numpy()[None], np.array(lens.coefficients)
+    project = cv2.fisheye.projectPoints if lens is FISHEYE else cv2.projectPoints
+    place = project(given, np.zeros(3), np.zeros(3), calibration.pixels_from_camera, bend)[0].reshape(2)
+    rows, columns = np.indices((480, 720)) + 0.5
+    blob = 250 * np.exp(-((columns - place[0]) ** 2 + (rows - place[1]) ** 2) / (2 * 5.0**2))
+    picture = Seen(blob.round().astype(np.uint8)[..., None].repeat(3, axis=-1))
+    assert pipeline.serve(together([calibration, None], pictures=[picture, None])) is not None and not said
+    frame = asked.frames[0]
+    assert frame.images.shape == (2, 3, 64, 96)
+    pixel = frame.cameras.project(point.expand(2, 1, 3))[0][0, 0]
+    weight = frame.images[0, 0].double()
+    y, x = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(96) + 0.5, indexing="ij")
+    found = torch.stack([(weight * x).sum(), (weight * y).sum()]) / weight.sum()
+    assert (found - pixel).abs().max() < 0.05
+    pipeline.close()
+
+
+def test_the_map_of_a_lens_is_made_once_for_ten_frames_and_anew_for_another_calibration(monkeypatch):
+    made, fresh = [], Rectifier.__init__
+    monkeypatch.setattr(Rectifier, "__init__", lambda self, *a: made.append(a) or fresh(self, *a))
+    pipeline, asked, _ = fleet(["a", "b"])
+    for k in range(10):  # equal calibrations, though not the same objects
+        pipeline.serve(together([calibrated("a", 120, 200, BARREL), calibrated("b", 120, 200)], ms=k))
+    assert len(asked.frames) == 10 and len(made) == 1
+    for k in range(4):  # two publishers that contradict each other
+        lens = replace(BARREL, coefficients=(-0.2 - 0.1 * (k % 2), 0, 0, 0))
+        pipeline.serve(together([calibrated("a", 120, 200, lens), calibrated("b", 120, 200)], ms=20 + k))
+    assert len(made) == 3
+    for k in range(20):  # what is kept is bounded
+        pipeline.serve(together([calibrated("a", 120, 200 + k, BARREL), None], ms=30 + k))
+    assert len(pipeline._ways) == 4
+    pipeline.close()
+
+
+def test_a_lens_that_leaves_no_picture_costs_its_camera_and_is_said(monkeypatch):
+    made, fresh = [], Rectifier.__init__
+    monkeypatch.setattr(Rectifier, "__init__", lambda self, *a: made.append(a) or fresh(self, *a))
+    pipeline, asked, said = fleet(["a", "b"])
+    hopeless = calibrated("a", 120, 200, Lens("plumb_bob", (-20.0, 0, 0, 0)))
+    for k in range(3):
+        served = pipeline.serve(together([hopeless, calibrated("b", 120, 200)], ms=k))
+        assert served.images.pictures[0] is None
+    assert asked.frames[2].used.tolist() == [False, True] and len(made) == 1
+    assert said[0].startswith("/a/image: refused: the plumb_bob lens [-20.0, 0, 0, 0] leaves no pinhole picture")
+    assert pipeline.health.report(0.0)[1].values["dropped: unusable lens"] == 3
+    pipeline.close()
+
+
+def test_a_broken_picture_behind_a_lens_becomes_a_hole():
+    pipeline, asked, said = fleet(["a", "b"])
+    calibration = calibrated("a", 120, 200, BARREL)
+    small = noise(calibrated("a", 60, 100))  # not what its calibration says
+    small.height, small.width = 120, 200
+    assert pipeline.serve(together([calibration, calibration], pictures=[small, noise(calibration)])) is not None
+    assert asked.frames[0].used.tolist() == [False, True] and not asked.frames[0].images[0].any()
+    assert said[0].startswith("/a/image: refused: ") and said[0].endswith("expected a whole picture of 200 x 120")
     pipeline.close()

@@ -1,5 +1,8 @@
+"""What becomes of pictures before the network sees them, and that their cameras stay true."""
+
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,9 @@ from PIL import Image
 from systems.rig import frame, ring
 from torch.nn import functional as F
 
-from occflow_core.runtime.prepare import Fit, fit, prepare
+from occflow_core.geometry import Cameras
+from occflow_core.geometry.lenses import Lens, zoomed
+from occflow_core.runtime.prepare import Fit, Rectifier, Resizer, fit, prepare
 from occflow_core.types import Frame
 
 
@@ -104,3 +109,116 @@ def test_pictures_that_fit_already_are_left_alone():
 def test_an_unknown_resize_is_refused():
     with pytest.raises(ValueError, match=r"\['fast', 'pillow'\], got 'nearest'"):
         prepare(frame(), 64, 96, "nearest")
+
+
+# ---- one camera at a time: sizes that differ, and lenses
+
+LENSES = [
+    Lens("plumb_bob", (-0.3, 0.1, 0.001, -0.002, -0.02)),
+    Lens("rational_polynomial", (0.6, 0.2, 0.001, 0.0005, 0.02, 0.9, 0.3, 0.04)),
+    Lens("equidistant", (0.02, -0.01, 0.003, -0.001)),
+]
+SIZE, TO = (450, 800), (64, 176)
+K = np.array([[400.0, 0.0, 405.0], [0.0, 395.0, 220.0], [0.0, 0.0, 1.0]])
+
+
+def middles(height, width):
+    """(height, width, 2): pixels' middles."""
+    return np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), axis=-1)
+
+
+def straightened(lens, pixels, k):
+    """Rays (..., 2) of pixels of a lens's picture, by OpenCV."""
+    given, bend = pixels.reshape(-1, 1, 2), np.array(lens.coefficients)
+    ends = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 200, 1e-12)
+    if lens.model == "equidistant":
+        rays = cv2.fisheye.undistortPoints(given, k, bend, criteria=ends)
+    else:
+        rays = cv2.undistortPointsIter(given, k, bend, None, None, ends)
+    return rays.reshape(pixels.shape)
+
+
+def scene(rays):
+    """A smooth pattern far away: grey levels (..., 3) of rays (..., 2)."""
+    x, y = rays[..., 0], rays[..., 1]
+    waves = np.stack([np.sin(9 * x + 2 * y), np.cos(7 * y - 3 * x), np.sin(5 * x) * np.cos(6 * y)], axis=-1)
+    return 128 + 100 * waves
+
+
+@pytest.mark.parametrize("wide", [1.0, 0.7], ids=["as K", "zoomed in"])
+@pytest.mark.parametrize("lens", LENSES, ids=lambda lens: lens.model)
+def test_a_picture_through_a_lens_becomes_the_pinhole_picture_of_the_same_scene(lens, wide):
+    through = scene(straightened(lens, middles(*SIZE), K)).round().astype(np.uint8)
+    way, out = Rectifier(lens, K, zoomed(K, wide), SIZE, TO), np.empty((*TO, 3), np.uint8)
+    assert (way.zoom > 1) == (wide < 1)
+    way.into(out, through)
+    back = np.linalg.inv(way.pixels_from_camera)
+    off = out - scene(middles(*TO) @ back[:2, :2].T + back[:2, 2])
+    assert np.abs(off).max() < 2 and np.abs(off).mean() < 0.4
+
+
+@pytest.mark.parametrize("lens", LENSES, ids=lambda lens: lens.model)
+def test_a_points_pixel_through_a_lens_lands_where_the_frames_camera_says(lens):
+    way = Rectifier(lens, K, K, SIZE, TO)
+    cameras = Cameras(torch.from_numpy(way.pixels_from_camera)[None], torch.eye(4, dtype=torch.float64)[None], *TO)
+    points = cameras.unproject(
+        torch.tensor([[[14.3, 11.6], [90.2, 30.7], [160.8, 53.1]]]).double(), torch.tensor([8.0])
+    )
+    project = cv2.fisheye.projectPoints if lens.model == "equidistant" else cv2.projectPoints
+    given = points[0].numpy()[None]
+    places = project(given, np.zeros(3), np.zeros(3), K, np.array(lens.coefficients))[0].reshape(-1, 2)
+    for place, pixel in zip(places, cameras.project(points)[0][0], strict=True):
+        blob = 250 * np.exp(-((middles(*SIZE) - place) ** 2).sum(-1) / (2 * 2.5**2))
+        out = np.empty((*TO, 3), np.uint8)
+        way.into(out, np.repeat(blob[..., None], 3, axis=-1).round().astype(np.uint8))
+        weight = out[..., :1].astype(float)
+        found = (weight * middles(*TO)).sum((0, 1)) / weight.sum()
+        assert np.abs(found - pixel.numpy()).max() < 0.05
+
+
+@pytest.mark.parametrize("to", [(256, 704), (128, 352)])
+@pytest.mark.parametrize("lens", LENSES, ids=lambda lens: lens.model)
+def test_what_is_finer_than_a_pixel_becomes_its_mean_through_a_lens_too(lens, to):
+    k = np.diag([2.0, 2.0, 1.0]) @ K
+    board = np.indices((900, 1600)).sum(0)[..., None] % 2 * 200
+    way, out = Rectifier(lens, k, k, (900, 1600), to), np.empty((*to, 3), np.uint8)
+    way.into(out, np.repeat(board, 3, axis=-1).astype(np.uint8))
+    off = out.astype(int) - 100
+    assert abs(off.mean()) < 2 and off.std() < 5 and np.abs(off).max() < 30  # one sample a pixel: 50 and 100
+
+
+def test_no_black_border_is_shown_and_the_largest_picture_stays_whole():
+    lens = Lens("plumb_bob", (0.25, 0.05, 0.001, 0.001))  # a cushion: the same K would look beyond the picture
+    way, out = Rectifier(lens, K, K, SIZE, TO), np.empty((*TO, 3), np.uint8)
+    way.into(out, np.full((*SIZE, 3), 255, np.uint8))
+    assert way.zoom > 1.1 and (out == 255).all()
+    assert way.pixels_from_camera[0, 0] == pytest.approx(way.zoom * 400 * 176 / 800)
+    assert way.pixels_from_camera[0, 2] == pytest.approx(405 * 176 / 800)
+
+
+def test_a_lens_that_hardly_bends_is_a_resize():
+    given = pictures("smooth", 1, *SIZE)[0].permute(1, 2, 0).contiguous().numpy()
+    outs = np.empty((2, *TO, 3), np.uint8)
+    resizer, rectifier = Resizer(K, SIZE, TO, "fast"), Rectifier(Lens("plumb_bob", (1e-9, 0, 0, 0)), K, K, SIZE, TO)
+    for way, out in zip((resizer, rectifier), outs, strict=True):
+        way.into(out, given)
+    assert np.abs(outs[0].astype(int) - outs[1]).max() <= 1
+    assert np.allclose(resizer.pixels_from_camera, rectifier.pixels_from_camera, rtol=1e-6)
+
+
+@pytest.mark.parametrize("resize", ["fast", "pillow"])
+@pytest.mark.parametrize("size", [(900, 1600), (480, 640), (128, 352), (97, 200)])
+def test_one_picture_is_resized_as_all_of_a_frame_are(resize, size):
+    frame = frame_of(pictures("noise", 3, *size))
+    together = prepare(frame, 128, 352, resize)
+    for i, image in enumerate(frame.images):
+        way = Resizer(frame.cameras.pixels_from_camera[i].numpy(), size, (128, 352), resize)
+        out = np.empty((128, 352, 3), np.uint8)
+        way.into(out, image.permute(1, 2, 0).numpy())
+        assert torch.equal(torch.from_numpy(out).permute(2, 0, 1), together.images[i])
+        assert np.array_equal(way.pixels_from_camera, together.cameras.pixels_from_camera[i].numpy())
+
+
+def test_a_lens_without_any_pinhole_picture_is_refused():
+    with pytest.raises(ValueError, match="leaves no pinhole picture"):
+        Rectifier(Lens("plumb_bob", (-20.0, 0, 0, 0)), K, K, SIZE, TO)
