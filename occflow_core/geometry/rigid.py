@@ -39,7 +39,7 @@ def to_quaternion(a_from_b: Tensor) -> tuple[list[float], list[float]]:
     from scipy.spatial.transform import Rotation
 
     matrix = a_from_b.detach().to("cpu", torch.float64)
-    x, y, z, w = Rotation.from_matrix(closest_rotation(matrix[:3, :3])[0].numpy()).as_quat().tolist()
+    x, y, z, w = Rotation.from_matrix(matrix[:3, :3].numpy()).as_quat().tolist()
     return ([w, x, y, z] if w >= 0 else [-w, -x, -y, -z]), matrix[:3, 3].tolist()
 
 
@@ -68,7 +68,7 @@ def interpolate(first: Tensor, last: Tensor, fraction: float) -> Tensor:
     from scipy.spatial.transform import Rotation, Slerp
 
     ends = torch.stack([first, last]).detach().to("cpu", torch.float64)
-    turns = Rotation.from_matrix(torch.stack([closest_rotation(end[:3, :3])[0] for end in ends]).numpy())
+    turns = Rotation.from_matrix(ends[:, :3, :3].numpy())
     between = torch.eye(4, dtype=torch.float64)
     between[:3, :3] = torch.from_numpy(Slerp([0.0, 1.0], turns)(fraction).as_matrix())
     between[:3, 3] = torch.lerp(*ends[:, :3, 3], fraction)
