@@ -66,6 +66,7 @@ class _Clocks:
         step = ros - before if before else 0.0  # 0 is no time: /clock did not run from there to its first message
         if turned_back := step < -self.jump:
             step = 0.0
+            self._readings.clear()  # how far it ran before is not known
         self.ran += step
         if not self._readings or now - self._readings[-1].steady >= TICK:
             self._readings.append(self.mark(now))

@@ -320,6 +320,13 @@ def test_a_new_lap_is_no_fault(rate):
     assert {s.level for s in bag.report()} == {OK}
 
 
+def test_the_speed_of_a_clock_that_was_turned_back_is_that_of_the_new_lap():
+    health = active()
+    for now, ros in enumerate((100.0, 101.0, 102.0, 50.1, 51.1)):
+        health.clock(now, ros)
+    assert health.report(4.0)[0].values["clock speed"] == 1.0
+
+
 def test_a_camera_dead_through_several_short_laps_is_found():
     bag = Bag(1.0)
     bag.play(1.5)
