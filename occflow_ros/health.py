@@ -66,6 +66,7 @@ class _Clocks:
         step = ros - before if before else 0.0  # 0 is no time: /clock did not run from there to its first message
         if turned_back := step < -self.jump:
             step = 0.0
+            self._readings.clear()  # how far it ran before is not known
         self.ran += step
         if not self._readings or now - self._readings[-1].steady >= TICK:
             self._readings.append(self.mark(now))
@@ -288,8 +289,10 @@ class Health:
             statuses = [self._sensor(name, now) for name in self.sensors]
             values = {"model": self.model_name, **self._told, **self._clock_values(now), **self._counts}
             values |= {f"sets dropped: {reason}": n for reason, n in self._drops["sets"].items()}
-            if sets := self._counts["sets complete"] + self._counts["sets partial"] + self._lost:
-                values["share of sets answered"] = round(self._counts["messages out"] / sets, 3)
+            counts = self._counts
+            asked = counts["sets complete"] + counts["sets partial"] + self._lost - counts["sets nobody listened to"]
+            if asked > 0:
+                values["share of sets answered"] = round(counts["messages out"] / asked, 3)
             level, message = self._whole(statuses, now)
         return [Status("occupancy", level, message, values | latencies), *statuses]
 
@@ -352,12 +355,12 @@ class Health:
         # from here on it is said before `quiet` has passed: whoever reads it need not wait to know
         if name in self._refused:
             return WARN, f"the latest {thing} was refused"
-        if self._late(name, now):
-            return WARN, f"no {thing} for {silence:.2f} s"
         if used is None or used < began:
             return WARN, f"{thing}s come, none of them was used yet"
         if name in self._missing:
             return WARN, "missing from the newest set"
+        if self._late(name, now):
+            return WARN, f"no {thing} for {silence:.2f} s"
         return OK, ""
 
     def _rate(self, name: str) -> float | None:

@@ -1,5 +1,6 @@
 """/diagnostics tells the truth over real DDS while a recording is slow, fast, paused and begins anew."""
 
+import os
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from occflow_core.types import NANO  # noqa: E402
 from occflow_ros.health import ERROR, OK, SPEED, WARN  # noqa: E402
 
 pytestmark = [pytest.mark.dds, pytest.mark.timeout(120)]
+DOMAIN = 1 + os.getpid() % 92  # of this process alone, so that parallel runs do not hear each other
 RATE = 6.0  # Hz of each camera by its stamps: at double speed a busy computer still hears all
 PERIOD = round(NANO / RATE)
 TICK = 0.02  # s from one /clock to the next
@@ -48,7 +50,10 @@ class Player:
         return self.reports()
 
     def turn_back(self) -> None:
-        self.clock, self.sweep = BEGIN, BEGIN + PERIOD
+        """/clock and TF begin a second before the images."""
+        self.clock, self.sweep = BEGIN - NANO, BEGIN + PERIOD
+        self.stage.car.tick(self.clock)
+        self.stage.car.move(self.clock)
 
     def reports(self) -> list[dict]:
         """Each as name -> (level, message, values)."""
@@ -70,7 +75,7 @@ class Player:
 def player():
     with pytest.MonkeyPatch.context() as patch:
         network = Network(grid=Grid((-8.0, -8.0, -1.0), (0.8, 0.8, 0.8), (20, 20, 8)))  # small, for the same reason
-        with Stage(patch, 101, network, reliable_images=True, camera_rate=RATE, set_deadline=0.2) as stage:
+        with Stage(patch, DOMAIN, network, reliable_images=True, camera_rate=RATE, set_deadline=0.2) as stage:
             yield Player(stage.start())
 
 
@@ -106,7 +111,7 @@ def test_at_half_and_double_speed_only_a_dead_camera_is_an_error(player, rate):
     assert_true(reports[-1], player.rate)
     dead = player.play(rate, 2.3 * max(1.0, rate), without=["cam_back"])
     assert max(report[name][0] for report in dead for name in CAMERAS if name != "cam_back") < ERROR
-    assert dead[0]["cam_back"][0] <= WARN
+    assert any(report["cam_back"][:2] == (WARN, "missing from the newest set") for report in dead)
     level, message, values = dead[-1]["cam_back"]
     assert (level, message[:14], values["rate Hz"]) == (ERROR, "no image for 2", "0.0")
     whole = dead[-1]["occupancy"]
@@ -124,10 +129,10 @@ def test_a_pause_is_told_and_is_no_error_and_a_lap_begins_anew(player):
     assert worst(player.play(1.0, 0.5)) < ERROR
     lap = int(player.reports()[-1]["occupancy"][2]["lap"])
     player.turn_back()
-    reports = player.play(2.0, 2.0 * (SPEED + 0.2))
+    reports = player.play(2.0, 1.0 + 2.0 * SPEED)
     assert worst(reports) < ERROR, said(reports)
     for report in reports:
-        assert all(0 <= float(report[name][2]["age s"]) < 1.5 for name in CAMERAS), report
+        assert all(0 <= float(report[name][2]["age s"]) < 2.0 for name in CAMERAS), report
         assert report["occupancy"][2]["TF age s"] == "none" or abs(float(report["occupancy"][2]["TF age s"])) < 1.0
     assert_true(reports[-1], player.rate)
     whole = reports[-1]["occupancy"][2]

@@ -85,6 +85,26 @@ class Bag:
         return [status.values["rate Hz"] for status in self.report()[1:]]
 
 
+def test_a_set_that_nobody_listens_to_is_as_good_as_an_output_and_is_not_asked_for_an_answer():
+    health = active()
+    for k in range(50):
+        for name in AB:
+            health.image(name, k / 10, k * NANO // 10)
+        health.count("sets complete")
+        health.served(k / 10, AB, heard=k < 10)
+    whole, *cameras = health.report(4.9)
+    assert (whole.level, whole.message) == (OK, "idle: nobody listens") and {s.level for s in cameras} == {OK}
+    assert whole.values["share of sets answered"] == 1.0 and whole.values["sets nobody listened to"] == 40
+    assert health.report(7.0)[0].level == ERROR
+
+
+def test_what_the_node_cannot_go_on_with_is_an_error_whatever_else_is_true():
+    health = running()
+    health.fail("out of memory twice in a row")
+    health.active = False
+    assert [(s.level, s.message) for s in health.report(10.0)][0] == (ERROR, "out of memory twice in a row")
+
+
 def test_a_running_node_is_ok_and_tells_each_cameras_rate():
     health = running()
     assert level(health, 10.0) == {"occupancy": OK, "a": OK, "b": OK}
@@ -298,6 +318,13 @@ def test_a_new_lap_is_no_fault(rate):
         bag.play(0.5)
         assert bag.worst <= WARN and bag.rates() == [pytest.approx(12.0, 0.01)] * 2
     assert {s.level for s in bag.report()} == {OK}
+
+
+def test_the_speed_of_a_clock_that_was_turned_back_is_that_of_the_new_lap():
+    health = active()
+    for now, ros in enumerate((100.0, 101.0, 102.0, 50.1, 51.1)):
+        health.clock(now, ros)
+    assert health.report(4.0)[0].values["clock speed"] == 1.0
 
 
 def test_a_camera_dead_through_several_short_laps_is_found():
