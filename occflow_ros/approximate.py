@@ -114,7 +114,7 @@ class Approximate(Gatherer):
             raise ValueError(f"sets need a queue of at least 1 image (got {queue}) and a slop > 0 s (got {slop})")
         self._matcher = matcher()(cameras, queue, slop)
 
-    def _place(self, camera: int, reference: int, stamp: int, picture: Any, now: float) -> list[ImageSet]:
+    def _place(self, camera: int, reference: int, stamp: int, picture: Any, now: float, clock: float) -> list[ImageSet]:
         queue = self._matcher.queues[camera]
         if reference in queue:
             return self._drop(camera, "same stamp again")

@@ -83,8 +83,11 @@ class Gatherer:
         self._newest: list[int | None] = [None] * cameras  # stamp of the newest image of each camera
         self._told: int | None = None  # stamp of the last set that was given out
 
-    def add(self, camera: int, stamp: int, picture: Any, now: float) -> list[ImageSet]:
-        """Takes one image (stamp ns; now s, steady); gives the sets that leave because of it, oldest first."""
+    def add(self, camera: int, stamp: int, picture: Any, now: float, clock: float | None = None) -> list[ImageSet]:
+        """Takes one image (stamp ns; now s, steady); gives the sets that leave because of it, oldest first.
+
+        clock: s, by the clock that the stamps follow, where it is not as fast as the steady one: that of a replay.
+        """
         reference, before = stamp - self.offsets[camera], self._newest[camera]
         if min(stamp, reference) <= 0:
             return self._drop(camera, "no stamp")
@@ -95,7 +98,7 @@ class Gatherer:
         if stamp == before:
             return self._drop(camera, "same stamp again")
         self._newest[camera] = stamp if before is None else max(before, stamp)
-        return self._place(camera, reference, stamp, picture, now)
+        return self._place(camera, reference, stamp, picture, now, now if clock is None else clock)
 
     def poll(self, now: float) -> list[ImageSet]:
         """Gives the sets whose time has come without an image (now s, steady)."""
@@ -113,7 +116,7 @@ class Gatherer:
         self.lap += 1
         self._newest, self._told = [None] * self.cameras, None
 
-    def _place(self, camera: int, reference: int, stamp: int, picture: Any, now: float) -> list[ImageSet]:
+    def _place(self, camera: int, reference: int, stamp: int, picture: Any, now: float, clock: float) -> list[ImageSet]:
         raise NotImplementedError
 
     def _forget(self) -> list[int]:
@@ -168,8 +171,8 @@ class Collector(Gatherer):
         self._lead: list[float | None] = [None] * cameras  # reference minus arrival of each camera's newest image, ns
         self._left: int | None = None  # reference of the youngest set that has left
 
-    def _place(self, camera: int, reference: int, stamp: int, picture: Any, now: float) -> list[ImageSet]:
-        self._lead[camera] = reference - now * NANO
+    def _place(self, camera: int, reference: int, stamp: int, picture: Any, now: float, clock: float) -> list[ImageSet]:
+        self._lead[camera] = reference - clock * NANO
         if self._runs_ahead(camera):  # its sets would leave before the others' images come, and make those late
             return self._drop(camera, "clock ahead of the other cameras")
         if self._left is not None and reference <= self._left + self.tolerance:

@@ -385,7 +385,8 @@ class OccupancyNode(LifecycleNode):
             return
         self.health.image(name, now, stamp)
         lap = self._collector.lap
-        self._post(self._collector.add(camera, stamp, Shot(picture, known), now), now)
+        replayed = clock / NANO if self.get_clock().ros_time_is_active else None
+        self._post(self._collector.add(camera, stamp, Shot(picture, known), now, replayed), now)
         if self._collector.waiting and self._deadlines.is_canceled():
             self._deadlines.reset()
         if self._collector.lap != lap:
