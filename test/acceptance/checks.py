@@ -116,8 +116,8 @@ def random_loss(domain: int = MAIN + 2, sweeps: int = 720, share: float = 0.01) 
     losses = random.random((sweeps, len(CAMERAS))) < share
     with Ride(domain, coarser=2, stagger=STAGGER) as ride:
         newest = ride.drive(sweeps, lost=lambda sweep, name: bool(losses[sweep, CAMERAS.index(name)]))
-        ride.spin(1.0)
-        answers, last = ride.answers, ride.stamp
+        ride.spin(1.5)
+        answers, last, told = ride.answers, ride.stamp, ride.status()[2]
         # a sweep begins every period; its images lie within 43 ms of that
         first = last - (sweeps - 1) * round(PERIOD * NANO)
         sweep_of = [{(s * 1000 - first + NANO // 1000) // round(PERIOD * NANO) for s in a.stamps()} for a in answers]
@@ -132,6 +132,7 @@ def random_loss(domain: int = MAIN + 2, sweeps: int = 720, share: float = 0.01) 
         "sweeps answered": len(answered),
         "mixed": mixed,
         "complete": sum(a.used == ALL for a in answers),
+        "counted by the node": {k: v for k, v in told.items() if k.startswith("sets ")},
     }
     ours = (
         f"{len(answered)} of {len(newest)} sweeps answered ({figures['complete']} complete, "
@@ -343,8 +344,8 @@ def overload(domain: int = MAIN + 7, seconds: float = 300.0, slower: float = 3.0
         f"{seconds:g} s, a set takes {total['p50'] * 1e3:.0f} ms: age p50 {p50 * 1e3:.0f}, p99 {p99 * 1e3:.0f}, max "
         f"{most * 1e3:.0f} ms (bound {bound * 1e3:.0f}); first quarter {first * 1e3:.0f}, last {last * 1e3:.0f} ms"
     )
-    # no growth: less than a tenth of a period
-    return Outcome(ours, p99 <= bound and last <= first + PERIOD / 10, figures)
+    # ages spread over a period, as sweeps come anywhere within an inference; a queue that grows adds whole ones
+    return Outcome(ours, p99 <= bound and last <= first + PERIOD / 2, figures)
 
 
 # ---- 8 throughput, and 11 with the shipped weights
@@ -367,7 +368,8 @@ def throughput(sets: int = 20) -> Outcome:
     one = lambda row: " / ".join(f"{row[p]:.0f}" for p in ("p50", "p95", "p99"))  # noqa: E731
     ours = (
         f"opus-demo on this CPU, p50 / p95 / p99 ms: outside ROS {one(model['ms']['all'])}, "
-        f"inside {one(inside['total'])} (network {one(inside['network'])}); the node's own share, 40,000 voxels, {one(node['ms']['all'])}"
+        f"inside {one(inside['total'])} (network {one(inside['network'])}); "
+        f"the node's own share, 40,000 voxels, {one(node['ms']['all'])}"
     )
     return Outcome(ours, full and {"decode", "network", "publish", "total"} <= set(inside), figures)
 

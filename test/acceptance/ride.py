@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Ride:
         self.parameters |= {f"camera.{name}.offset": late for name, late in self.stagger.items()}
         self.answers: list[Answer] = []
         self.diagnostics: list[Any] = []  # DiagnosticArray
-        self.sent: dict[int, float] = {}  # the newest stamp of each sweep, ns -> when its first image left, s, steady
+        self.sent: dict[int, float] = {}  # stamp of a sweep's newest image, ns -> when that left, s, steady
         self.stamp, self._sweeps = BEGIN, 0  # ns, the newest sweep's beginning; how many there were
 
     def __enter__(self) -> "Ride":
@@ -193,19 +193,19 @@ class Ride:
             if self._sweeps % 12 == 0:
                 self.introduce()
             self._sweeps += 1
-            sent, stamps = None, []
+            stamps = []
             for name, late in sorted(self.stagger.items(), key=lambda item: item[1]):
                 stamp = self.stamp + round(late * NANO)
                 self.spin(begin + (stamp - first) / NANO / pace - time.monotonic())
                 self.car.tick(stamp)
                 if move and (not stamps or stamps[-1] != stamp):
                     self.car.move(stamp)
-                sent = sent or time.monotonic()
                 if not lost(sweep, name):
                     shoot(name, stamp)
                     stamps.append(stamp)
+                    left = time.monotonic()
             if stamps:
-                self.sent[stamps[-1]] = sent
+                self.sent[stamps[-1]] = left
                 newest.append(stamps[-1])
         self.spin(begin + (self.stamp + round(PERIOD * NANO) - first) / NANO / pace - time.monotonic())
         return newest
@@ -216,7 +216,3 @@ class Ride:
             if status.name.endswith(name):
                 return int.from_bytes(status.level, "little"), status.message, {v.key: v.value for v in status.values}
         raise KeyError(name)
-
-
-def without(camera: str) -> Collection[str]:
-    return tuple(name for name in CAMERAS if name != camera)
