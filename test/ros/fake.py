@@ -1,8 +1,8 @@
 """A network of settable delay and a car of settable faults: the whole node, real DDS, and no model.
 
 In one process: a `Stage` has the node, the car and one who listens. As a process of its own, `python test/ros/fake.py
---ros-args ...` is the node with the stand-in network, which waits $FAKE_DELAY seconds for each set; with $FAKE_COARSER=4
-its voxels are four times as long.
+--ros-args ...` is the node with the stand-in network, which waits $FAKE_DELAY seconds for each set; its voxels are
+$FAKE_COARSER times as long as usual.
 """
 
 import os
