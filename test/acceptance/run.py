@@ -8,6 +8,7 @@ not stop the others.
 """
 
 import argparse
+import signal
 import sys
 import time
 import traceback
@@ -165,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no check {', '.join(strangers)}; there are {', '.join(known)}")
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     lines = [f"{machine()}; {date}", "", "| # | check | ours | the public best | reached |", "|---|---|---|---|---|"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the nodes end with us
     figures: dict[str, Any] = {"machine": machine(), "date": date, "checks": {}}
     missed, begin = [], time.monotonic()
     for check in CHECKS:
