@@ -155,10 +155,12 @@ class Ride:
             self.car.info(name)
 
     def connected(self) -> None:
-        """Waits for the node. RuntimeError where it does not come."""
+        """Waits for the node. RuntimeError where it does not come, or where another one speaks on this domain."""
         heard = lambda: all(p.get_subscription_count() for p in self.car.images.values())  # noqa: E731
         if not self.until(lambda: heard() or not self.alive, 90.0) or not self.alive:
             raise RuntimeError(f"the node does not listen: {self.log[-2000:]}")
+        if (nodes := self.listener.count_publishers("/occflow/occupancy")) > 1:
+            raise RuntimeError(f"{nodes} nodes speak on ROS domain {self.domain}: stop the other, or wait for it")
 
     def until_full(self) -> None:
         """Drives until the node answers with all six cameras. RuntimeError where it does not."""
