@@ -290,30 +290,43 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 class Mailbox:
-    """One place between the callbacks and the worker: the newest set wins, so latency cannot grow."""
+    """One place between the callbacks and the worker: the newest set wins, so latency cannot grow.
+
+    A worker that waits is given the next letter into its hand, and the place stays free: of two sets that leave at once
+    (a partial one, because a younger one is complete) an idle worker answers both.
+    """
 
     def __init__(self):
         self._condition = threading.Condition()
         self._letter: Any | None = None
-        self._closed = False
+        self._hand: Any | None = None  # for the worker that waits
+        self._waits = self._closed = False
 
-    def put(self, letter: Any) -> Any | None:
-        """Leaves a letter; gives back the one that nobody had taken, or None."""
+    def put(self, letter: Any | None) -> Any | None:
+        """Leaves a letter, or with None only empties the place; gives back the one that nobody had taken, or None."""
         with self._condition:
+            if self._waits and letter is not None:
+                self._hand, self._waits = letter, False
+                self._condition.notify()
+                return None
             before, self._letter = self._letter, letter
-            self._condition.notify()
             return before
 
     def take(self) -> Any | None:
         """Waits for a letter; None when the mailbox was closed."""
         with self._condition:
-            self._condition.wait_for(lambda: self._letter is not None or self._closed)
-            letter, self._letter = self._letter, None
+            if self._letter is None and not self._closed:
+                self._waits = True
+                self._condition.wait_for(lambda: self._hand is not None or self._closed)
+                self._waits = False
+                letter, self._hand = self._hand, None
+            else:
+                letter, self._letter = self._letter, None
             return None if self._closed else letter
 
     def close(self) -> None:
         with self._condition:
-            self._closed, self._letter = True, None
+            self._closed, self._letter, self._hand = True, None, None
             self._condition.notify_all()
 
 

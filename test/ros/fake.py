@@ -1,7 +1,8 @@
 """A network of settable delay and a car of settable faults: the whole node, real DDS, and no model.
 
 In one process: a `Stage` has the node, the car and one who listens. As a process of its own, `python test/ros/fake.py
---ros-args ...` is the node with the stand-in network, which waits $FAKE_DELAY seconds for each set.
+--ros-args ...` is the node with the stand-in network, which waits $FAKE_DELAY seconds for each set; its voxels are
+$FAKE_COARSER times as long as usual.
 """
 
 import os
@@ -347,7 +348,8 @@ class Stage:
 def main() -> int:
     from occflow_ros import node
 
-    network = Network(float(os.environ.get("FAKE_DELAY", "0")))
+    grid = OCC3D_GRID.coarser(int(os.environ.get("FAKE_COARSER", "1")))
+    network = Network(float(os.environ.get("FAKE_DELAY", "0")), grid)
     node.load = lambda *_, **__: model(network)
     return node.main()
 

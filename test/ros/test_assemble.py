@@ -361,12 +361,32 @@ def test_in_the_mailbox_the_newest_letter_wins_and_closing_wakes_the_reader():
     assert box.put("second") == "first"
     assert box.take() == "second"
     got = []
-    reader = threading.Thread(target=lambda: got.append(box.take()))
+    reader = threading.Thread(target=lambda: got.append(box.take()), daemon=True)
     reader.start()
     time.sleep(0.02)
     box.close()
     reader.join(timeout=2)
     assert got == [None]
+
+
+def test_a_reader_who_waits_gets_both_of_two_letters_that_come_at_once():
+    """A partial set often leaves because a younger one completed: an idle worker must answer both."""
+    box, got = Mailbox(), []
+    reader = threading.Thread(target=lambda: got.extend([box.take(), box.take()]), daemon=True)
+    reader.start()
+    time.sleep(0.02)
+    with box._condition:  # the reader cannot come in between
+        assert box.put("partial") is None
+        assert box.put("complete") is None
+    reader.join(timeout=2)
+    assert got == ["partial", "complete"]
+    reader = threading.Thread(target=lambda: got.append(box.take()), daemon=True)
+    reader.start()
+    time.sleep(0.02)
+    assert box.put(None) is None  # how a letter is taken back: nothing for the reader
+    assert box.put("next") is None
+    reader.join(timeout=2)
+    assert got[-1] == "next"
 
 
 def scan(stamp: int) -> Cloud:
