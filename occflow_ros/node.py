@@ -78,6 +78,7 @@ class OccupancyNode(LifecycleNode):
     def __init__(self, **arguments):
         super().__init__("occflow", **arguments)
         parameters.declare(self)
+        self._folders = parameters.named_folders(self)
         self.add_on_set_parameters_callback(self._on_set_parameters)
         self.settings: Settings | None = None
         self.health: Health | None = None
@@ -137,7 +138,7 @@ class OccupancyNode(LifecycleNode):
         return self.on_cleanup(state)
 
     def _configure(self) -> None:
-        self.settings = s = parameters.read(self)
+        self.settings = s = parameters.read(self, self._folders)
         if s.threads:
             torch.set_num_threads(s.threads)
         self._load()

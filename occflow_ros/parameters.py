@@ -1,7 +1,9 @@
 """All parameters of the node: type, default, range and text, once. The YAML in `config/` and the README's table are
 checked against this file by the tests."""
 
+import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 SYNCS = ("collector", "approximate")  # how images are put into sets
@@ -11,8 +13,10 @@ class ParameterProblem(ValueError):
     """A parameter that cannot be; the text names it."""
 
 
-def _parameter(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
-    return field(default=default, metadata={"text": text, "low": low, "high": high})
+def _parameter(
+    default: Any, text: str, low: float | None = None, high: float | None = None, read_only: bool = False
+) -> Any:
+    return field(default=default, metadata={"text": text, "low": low, "high": high, "read_only": read_only})
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,12 @@ class Settings:
     fixed_frame: str = _parameter("map", "frame in which TF tells how the car moves, e.g. map or odom")
     model: str = _parameter("opus-demo", "system and preset, as `occflow` names them")
     weights: str = _parameter("", "a .safetensors file; empty: those that ship with the model, else random (untrained)")
+    folders: str = _parameter(
+        "",
+        "folders, with : between them, whose weights may be loaded, besides that of the `weights` given at the start; "
+        "read-only: who may set parameters later may not open any file",
+        read_only=True,
+    )
     device: str = _parameter("auto", "auto (CUDA where present, else CPU), cpu, cuda or cuda:1")
     threads: int = _parameter(0, "CPU threads of the network; 0: PyTorch's choice", 0, 256)
     camera_rate: float = _parameter(12.0, "Hz of each camera", 0.1, 240)
@@ -112,12 +122,27 @@ def declare(node) -> None:
         raise ParameterProblem(f"unknown parameter {', '.join(sorted(unknown))}; `ros2 param list` shows what there is")
 
 
-def read(node) -> Settings:
-    """The values as they stand. ParameterProblem when they contradict each other."""
+def named_folders(node) -> tuple[Path, ...]:
+    """The folders from which weights may be loaded, as they were named when the node started."""
+    weights = node.get_parameter("weights").value
+    named = [f for f in node.get_parameter("folders").value.split(os.pathsep) if f]
+    return tuple(Path(f).expanduser().resolve() for f in [*named, *([Path(weights).parent] if weights else [])])
+
+
+def read(node, folders: tuple[Path, ...]) -> Settings:
+    """The values as they stand. ParameterProblem when they contradict each other or lead out of the folders."""
     values = {s.name: node.get_parameter(s.name).value for s in fields(Settings) if s.name != "camera"}
     names = values["cameras"] = _distinct(values["cameras"])
     if values["sync"] not in SYNCS:
         raise ParameterProblem(f"sync: {values['sync']!r} is not known, expected {' or '.join(SYNCS)}")
+    if weights := values["weights"]:
+        path = Path(weights).expanduser().resolve()  # a link leads where it leads
+        if not any(path.is_relative_to(folder) for folder in folders):
+            there = ", ".join(map(str, folders)) or "none"
+            raise ParameterProblem(
+                f"weights: {weights} is in none of the folders that were named at the start ({there}); name its folder "
+                "in `folders`, and start the node anew"
+            )
     undeclared = [n for n in names if not node.has_parameter(f"camera.{n}.image_topic")]
     if undeclared:
         raise ParameterProblem(f"cameras: {', '.join(undeclared)} was added after the start; restart the node for it")
@@ -158,7 +183,7 @@ def _ros_value(value: Any) -> Any:
 def _descriptor(spec):
     from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 
-    descriptor = ParameterDescriptor(description=spec.metadata["text"])
+    descriptor = ParameterDescriptor(description=spec.metadata["text"], read_only=spec.metadata["read_only"])
     low, high = spec.metadata["low"], spec.metadata["high"]
     if low is not None and isinstance(spec.default, float):
         descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]

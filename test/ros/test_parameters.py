@@ -160,5 +160,37 @@ def test_an_activation_that_fails_says_so_leaves_nothing_and_can_be_mended(node,
     assert node.trigger_deactivate() == Result.SUCCESS
 
 
+@pytest.mark.dds
+def test_weights_come_only_from_folders_that_were_named_at_the_start(context, tmp_path):
+    from rclpy.lifecycle import TransitionCallbackReturn as Result
+    from rclpy.parameter import Parameter
+
+    from occflow_core.runtime import load, save
+    from occflow_ros.node import OccupancyNode
+
+    named, more, other = (tmp_path / name for name in ("named", "more", "other"))
+    for folder in (named, more, other):
+        folder.mkdir()
+        save(load("opus-nano").system, "opus-nano", "fast", folder / "a.safetensors", trained=False)
+    (named / "link.safetensors").symlink_to(other / "a.safetensors")
+    given = {"model": "opus-nano", "weights": str(named / "a.safetensors"), "folders": str(more)}
+    node = OccupancyNode(context=context, parameter_overrides=[Parameter(k, value=v) for k, v in given.items()])
+    try:
+        (refused,) = node.set_parameters([Parameter("folders", value="/")])
+        assert not refused.successful and "read-only" in refused.reason
+        outside = (other / "a.safetensors", named / "link.safetensors", named / ".." / "other" / "a.safetensors")
+        for weights, expected in [
+            (named / "a.safetensors", Result.SUCCESS),
+            (more / "a.safetensors", Result.SUCCESS),
+            *((path, Result.FAILURE) for path in outside),
+        ]:
+            node.set_parameters([Parameter("weights", value=str(weights))])
+            assert node.trigger_configure() == expected, weights
+            if expected == Result.SUCCESS:
+                node.trigger_cleanup()
+    finally:
+        node.destroy_node()
+
+
 if __name__ == "__main__":
     print("\n".join(table()))
