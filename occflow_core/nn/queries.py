@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import ops
+
 STEP = 0.5  # m by which an output of a `branch` of moves moves a point (configs, `scales`)
 
 
@@ -24,14 +26,9 @@ class Mixing(nn.Module):
         nn.init.zeros_(self.matrices.weight)
 
     def forward(self, sampled: Tensor, query: Tensor) -> Tensor:
-        b, q, g, p, c = sampled.shape
-        assert (g, p, c) == (self.groups, self.taken, self.inner), sampled.shape
-        by_channel, by_point = self.matrices(query).view(b, q, g, -1).split([c * c, p * self.given], dim=-1)
-        x = sampled @ by_channel.reshape(b, q, g, c, c)
-        x = F.relu(F.layer_norm(x, (p, c)))
-        x = by_point.reshape(b, q, g, self.given, p) @ x
-        x = F.relu(F.layer_norm(x, (self.given, c)))
-        return query + self.out(x.flatten(2))
+        assert sampled.shape[2:] == (self.groups, self.taken, self.inner), sampled.shape
+        mixed = ops.mix(sampled, self.matrices(query), self.given)
+        return query + self.out(mixed.flatten(2))
 
 
 class Attention(nn.Module):

@@ -6,6 +6,7 @@ Q queries, P points of a query, K classes, V voxels.
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..geometry import Grid
 from ..types import Classes, Prediction
 
@@ -43,12 +44,8 @@ def decode(
 
     # ---- their mean
     where = voxel[torch.cat([place.new_ones(1), place.diff()])[: len(place)].bool()]  # (V,) each voxel once
-    counts = counts.clamp_max(CAP)[:, None]
-    scores = logits.new_zeros(len(where), logits.shape[-1])
-    scores = scores.index_add(0, place, logits.flatten(0, 1)[chosen].sigmoid()) / counts
-    speed = None
-    if flow is not None:
-        speed = flow.new_zeros(len(where), 2).index_add(0, place, flow.flatten(0, 1)[chosen]) / counts
+    scores = ops.scatter_mean(logits.flatten(0, 1)[chosen].sigmoid(), place, len(where))
+    speed = None if flow is None else ops.scatter_mean(flow.flatten(0, 1)[chosen], place, len(where))
 
     # ---- voxels that are sure of something, and what the closing adds between them
     sure = (scores > threshold).any(-1)

@@ -12,7 +12,7 @@ as SparseOcc and OccNet call it in "test" mode), because a metric that is off by
 - an origin outside enters the grid if the ray points there; a walk ends after 1001 steps.
 
 The functions of this file are the definition, on any device. On the CPU `raycast_numba` does the same, ray for ray,
-about two hundred times as fast, and on a GPU `raycast_triton` does `cast`; without numba or Triton installed the
+about two hundred times as fast, and on a GPU `raycast_triton`; without numba or Triton installed the
 definition runs there too.
 """
 
@@ -20,6 +20,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from . import gpu
 
 STEPS = 1001  # the published tracer's limit; a walk that begins inside a 200 x 200 x 16 grid needs at most 416
 _FAR = 2.0**52  # where origins are clamped: no integer holds 1e300
@@ -49,9 +51,9 @@ def cast(filled: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, T
 def swept(filled: Tensor, origins: Tensor, directions: Tensor) -> Tensor:
     """Every voxel that a ray crosses up to and including its first filled one, (X, Y, Z) bool. Arguments as `cast`."""
     origins, directions = _rays(filled, origins, directions)
-    compiled = _numba() if filled.device.type == "cpu" else None
-    if compiled is not None:
-        return compiled.swept(filled, origins, directions)
+    fast = _fast(filled)
+    if fast is not None:
+        return fast.swept(filled, origins, directions)
     crossed = torch.zeros_like(filled)
     for _, voxels, _ in _walk(filled, origins, directions):
         crossed[voxels.unbind(1)] = True
@@ -112,12 +114,14 @@ def _start(origins: Tensor) -> Tensor:
 
 
 def _fast(filled: Tensor):
-    """The file whose `cast` is made for this device, or None where the definition runs."""
+    """The file whose walk is made for this device, or None where the definition runs."""
     if filled.device.type == "cpu":
         return _numba()
-    if filled.device.type == "cuda":
-        return _triton()
-    return None
+    if not gpu.serves(filled.device):
+        return None
+    from . import raycast_triton
+
+    return raycast_triton
 
 
 @cache
@@ -128,13 +132,3 @@ def _numba():
     except ImportError:
         return None
     return raycast_numba
-
-
-@cache
-def _triton():
-    """The GPU's walk, or None where Triton is not installed."""
-    try:
-        from . import raycast_triton
-    except ImportError:
-        return None
-    return raycast_triton

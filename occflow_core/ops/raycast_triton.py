@@ -1,4 +1,4 @@
-"""`raycast.cast` compiled for a GPU: the same arithmetic in the same order, hence equal ray for ray.
+"""`raycast.cast` and `swept` compiled for a GPU: the same arithmetic in the same order, hence equal ray for ray.
 
 A walk begins with what `raycast._begin` says, so that the only divisions are those of the definition. The kernel itself
 only compares and adds distances: it has no product of them that a compiler could fuse with a sum and round differently.
@@ -19,17 +19,48 @@ def cast(filled: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, T
     rays = len(origins)
     distance = torch.empty(rays, dtype=torch.float64, device=filled.device)
     index = torch.empty(rays, 3, dtype=torch.int64, device=filled.device)
-    walk = [t.contiguous() for t in (filled.view(torch.uint8), *raycast._begin(origins, directions))]
-    with torch.cuda.device_of(filled):  # Triton launches on the current GPU, which need not be the rays'
-        _cast[(triton.cdiv(rays, _BLOCK),)](
-            *walk, distance, index, rays, *filled.shape, STEPS=raycast.STEPS, BLOCK=_BLOCK, num_warps=1
-        )
+    _launch(filled, origins, directions, distance, index, index, swept=False)
     return distance, index
+
+
+def swept(filled: Tensor, origins: Tensor, directions: Tensor) -> Tensor:
+    """`raycast.swept` after its checks: float64 rays."""
+    crossed = torch.zeros(filled.shape, dtype=torch.uint8, device=filled.device)
+    _launch(filled, origins, directions, crossed, crossed, crossed, swept=True)
+    return crossed.view(torch.bool)
+
+
+def _launch(filled, origins, directions, distance, index, crossed, swept):
+    """Of distance and index, or crossed, only those are written that the kind of walk is for."""
+    walk = [t.contiguous() for t in (filled.view(torch.uint8), *raycast._begin(origins, directions))]
+    grid = (triton.cdiv(len(origins), _BLOCK),)
+    with torch.cuda.device_of(filled):  # Triton launches on the current GPU, which need not be the rays'
+        _cast[grid](
+            *(*walk, distance, index, crossed, len(origins), *filled.shape),
+            SWEPT=swept,
+            STEPS=raycast.STEPS,
+            BLOCK=_BLOCK,
+            num_warps=1,
+        )
 
 
 @triton.jit
 def _cast(
-    filled, voxel, step, border, across, distance, index, rays, nx, ny, nz, STEPS: tl.constexpr, BLOCK: tl.constexpr
+    filled,
+    voxel,
+    step,
+    border,
+    across,
+    distance,
+    index,
+    crossed,
+    rays,
+    nx,
+    ny,
+    nz,
+    SWEPT: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     ray = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     walking = ray < rays
@@ -52,14 +83,18 @@ def _cast(
         along_z = ~(along_x | along_y)
         leaves = tl.where(inside, tl.where(along_x, bx, tl.where(along_y, by, bz)), leaves)
         last_x, last_y, last_z = tl.where(inside, x, last_x), tl.where(inside, y, last_y), tl.where(inside, z, last_z)
-        stopped = tl.load(filled + (x * ny + y) * nz + z, inside, other=0) != 0
+        here = (x * ny + y) * nz + z
+        if SWEPT:  # several rays may write at once, all the same
+            tl.store(crossed + here, tl.full((BLOCK,), 1, tl.uint8), inside)
+        stopped = tl.load(filled + here, inside, other=0) != 0
         walking = walking & ~beyond & ~stopped
         x, bx = tl.where(along_x, x + sx, x), tl.where(along_x, bx + ax, bx)
         y, by = tl.where(along_y, y + sy, y), tl.where(along_y, by + ay, by)
         z, bz = tl.where(along_z, z + sz, z), tl.where(along_z, bz + az, bz)
         steps += 1
-    real = ray < rays
-    tl.store(distance + ray, leaves, real)
-    tl.store(index + first, last_x, real)
-    tl.store(index + second, last_y, real)
-    tl.store(index + third, last_z, real)
+    if not SWEPT:
+        real = ray < rays
+        tl.store(distance + ray, leaves, real)
+        tl.store(index + first, last_x, real)
+        tl.store(index + second, last_y, real)
+        tl.store(index + third, last_z, real)

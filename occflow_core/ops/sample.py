@@ -5,13 +5,18 @@ of a group, Q queries, S points of a query's group.
 
 Each point is looked up in one camera per time, the first (in camera order) whose picture holds it, bilinearly in every
 level, and the levels are averaged by the point's own weights (arXiv 2308.09244, section 3.3, and 2409.09350).
+
+What is written here is the definition, on any device; on a GPU `sample_triton` does the same in one kernel.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from . import gpu
 
 EPS = 1e-5  # m: what is nearer to a camera's plane than this counts as behind it (SparseBEV, `sampling_4d`)
 
@@ -56,6 +61,10 @@ def sample(
     assert len(rows) == b and all(len(lane) == t for lane in rows), [len(lane) for lane in rows]
     channels = rows[0][0].shape[-1] // g
     assert all(r.shape == (n, total, g * channels) for lane in rows for r in lane), rows[0][0].shape
+
+    fast = _fast(rows, pixels_from_now, points, weights)
+    if fast is not None:
+        return fast.sample(rows, sizes, picture, pixels_from_now, used, points, weights, as_published)
 
     # ---- which camera, and where in its picture: (B, T, P) with P = Q*S*G, group fastest as in the rows
     flat = points.transpose(2, 3).reshape(b, 1, 1, q * s * g, 3)
@@ -118,3 +127,15 @@ def _neighbours(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     cells = torch.stack([left, left + 1], dim=-1)
     share = torch.stack([1 - (x - left), x - left], dim=-1) * ((cells >= 0) & (cells < size))
     return cells.nan_to_num().clamp(0, size - 1).int(), share
+
+
+def _fast(rows: Sequence[Sequence[Tensor]], pixels_from_now: Tensor, points: Tensor, weights: Tensor):
+    """The file whose `sample` is made for such tensors, or None where the definition runs."""
+    if not gpu.serves(points.device) or pixels_from_now.requires_grad:
+        return None
+    kinds = {t.dtype for t in (*itertools.chain(*rows), pixels_from_now, points, weights)}
+    if kinds not in ({torch.float32}, {torch.float64}):
+        return None
+    from . import sample_triton
+
+    return sample_triton

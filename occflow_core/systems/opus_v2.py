@@ -413,9 +413,7 @@ class Pool(nn.Module):
     def forward(self, features: Tensor, place: Tensor, voxels: int) -> tuple[Tensor, Tensor]:
         """Features of points, each in the voxel `place` of so many -> features of points, and of voxels."""
         features = F.relu(self.norm(self.linear(features)))
-        most = features.new_zeros(voxels, features.shape[1])
-        place = place[:, None].expand_as(features)
-        return features, most.scatter_reduce(0, place, features, "amax", include_self=False)
+        return features, ops.scatter_max(features, place, voxels)
 
 
 class Kernel(nn.Module):

@@ -1,20 +1,15 @@
 """The GPU's walk equals the definition on every ray; on machines without a GPU under Triton's interpreter."""
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ops.interpreter import compiled, needs_gpu, needs_triton
+from ops.interpreter import interpreted as run_interpreted
 
-from occflow_core import ops
-from occflow_core.ops import cast, raycast
+from occflow_core.ops import cast, gpu, raycast, swept
 
-ROOT = Path(__file__).resolve().parents[2]
 ROOT_HALF = math.sqrt(0.5)
 STRAIGHT, DIAGONAL, SPACE = (1.5, 0.5, 0.5), (1.5, 1.5, 0.5), (1.5, 1.5, 1.5)
 WORKED = [  # occupied, origin, end -> distance, voxel, in a grid of 4 x 3 x 2
@@ -30,9 +25,6 @@ WORKED = [  # occupied, origin, end -> distance, voxel, in a grid of 4 x 3 x 2
     ((0, 0, 0), (0.5, -3.5, 0.5), (1.5, -3.5, 0.5), -1.0, (0, 0, 0)),  # never inside
     ((0, 0, 0), (0.5, -0.4, 0.5), (1.5, -0.4, 0.5), 0.5, (0, 0, 0)),  # cut toward zero
 ]
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the GPU's walk needs Triton: pip install triton (Linux)"
-)
 
 
 def worlds() -> dict[str, tuple]:
@@ -80,107 +72,68 @@ WORLDS = worlds()
 pytestmark = pytest.mark.timeout(300)  # Pythons of their own, which import torch and Triton: slow on a busy machine
 
 
-def child(code: str, *arguments, **variables) -> str:
-    """Runs code in a Python of its own: Triton reads how it shall compile when it is first imported."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def answer(world):
+    return *cast(*world), swept(*world)
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """What the kernel makes of all worlds, in one process."""
-    folder = tmp_path_factory.mktemp("triton")
-    torch.save(WORLDS, folder / "worlds.pt")
-    child(
-        "import sys, torch\n"
-        "from occflow_core.ops import cast, raycast, raycast_triton\n"
-        "raycast._fast = lambda filled: raycast_triton\n"  # for tensors of the CPU too
-        "raycast_triton._BLOCK = 128\n"  # the interpreter costs by program, not by ray
-        "worlds = torch.load(sys.argv[1], weights_only=True)\n"
-        "torch.save({name: cast(*world) for name, world in worlds.items()}, sys.argv[2])\n",
-        folder / "worlds.pt",
-        folder / "cast.pt",
-        TRITON_INTERPRET="1",
-    )
-    return torch.load(folder / "cast.pt", weights_only=True)
+    """What the kernel makes of all worlds, in blocks of 512: the interpreter costs by program, not by ray."""
+    return run_interpreted(tmp_path_factory.mktemp("triton"), "raycast", WORLDS, _BLOCK=512)
 
 
-def define(monkeypatch, filled, origins, directions):
+def define(monkeypatch, world):
     with monkeypatch.context() as patch:
         patch.setattr(raycast, "_fast", lambda filled: None)
-        return cast(filled, origins, directions)
+        return answer(world)
 
 
 @needs_triton
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_interpreted_kernel_equals_the_definition_on_every_ray(monkeypatch, interpreted, world):
-    distance, index = define(monkeypatch, *WORLDS[world])
-    assert torch.equal(interpreted[world][0], distance) and torch.equal(interpreted[world][1], index)
+    assert all(map(torch.equal, interpreted[world], define(monkeypatch, WORLDS[world])))
 
 
 @needs_triton
 @pytest.mark.parametrize("row", range(len(WORKED)))
 def test_the_interpreted_kernel_gives_the_worked_rays_of_the_published_tracer(interpreted, row):
     *_, distance, voxel = WORKED[row]
-    got, index = interpreted[f"worked {row}"]
+    got, index, _ = interpreted[f"worked {row}"]
     assert got.item() == pytest.approx(distance, abs=1e-12) and tuple(index[0].tolist()) == voxel
 
 
 def test_the_worlds_have_rays_of_every_kind(monkeypatch):
     """Else the comparisons above would say little."""
     filled, *_ = WORLDS["sparse"]
-    distance, index = define(monkeypatch, *WORLDS["sparse"])
+    distance, index, _ = define(monkeypatch, WORLDS["sparse"])
     never, stopped = distance == -1, filled[tuple(index.unbind(1))] & (distance != -1)
     assert never.sum() > 50 and stopped.sum() > 50 and (~never & ~stopped).sum() > 50
-    distance, _ = define(monkeypatch, *WORLDS["very far"])
+    distance, *_ = define(monkeypatch, WORLDS["very far"])
     assert (distance[:2] > 0).tolist() == [True, False], "step 1001 is the first inside, or is not"
 
 
 @needs_triton
-def test_the_kernel_compiles_for_a_gpu_and_rounds_as_the_definition_does(tmp_path):
+@pytest.mark.parametrize("sweeps", [False, True])
+def test_the_kernel_compiles_for_a_gpu_and_rounds_as_the_definition_does(tmp_path, sweeps):
     """Down to the machine code of a GPU that need not be there; a fused product and sum would round once, not twice."""
-    ptx = child(
-        "from triton.backends.compiler import GPUTarget\n"
-        "from triton.compiler import ASTSource, compile\n"
-        "from occflow_core.ops.raycast_triton import _cast\n"
-        "types = dict.fromkeys('voxel step index'.split(), '*i64') | dict.fromkeys('rays nx ny nz'.split(), 'i32')\n"
-        "types |= dict.fromkeys('border across distance'.split(), '*fp64') | {'filled': '*u8'}\n"
-        "constants = {'STEPS': 1001, 'BLOCK': 32}\n"
-        "types |= dict.fromkeys(constants, 'constexpr')\n"
-        "source = ASTSource(_cast, {name: types[name] for name in _cast.arg_names}, constexprs=constants)\n"
-        "made = compile(source, target=GPUTarget('cuda', 80, 32), options={'num_warps': 1})\n"
-        "assert made.asm['cubin']\n"
-        "print(made.asm['ptx'])\n",
-        TRITON_CACHE_DIR=str(tmp_path),
-    )
+    types = {"voxel step index": "*i64", "border across distance": "*fp64", "filled crossed": "*u8"}
+    constants = {"SWEPT": sweeps, "STEPS": 1001, "BLOCK": 32}
+    ptx, _ = compiled("raycast", "_cast", types | {"rays nx ny nz": "i32"}, constants, tmp_path, warps=1)
     assert "add.f64" in ptx or "add.rn.f64" in ptx, "distances are no longer added in float64"
     assert not {word for word in ptx.split() if word.startswith(("fma.", "mul.f", "mul.rn.f", "div."))}
 
 
 @needs_triton
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("world", WORLDS)
 def test_on_a_gpu_the_kernel_equals_the_definition_on_every_ray(monkeypatch, world):
     on_gpu = [tensor.cuda() for tensor in WORLDS[world]]
-    distance, index = define(monkeypatch, *on_gpu)
-    fast = cast(*on_gpu)
-    assert torch.equal(fast[0], distance) and torch.equal(fast[1], index)
+    assert all(map(torch.equal, answer(on_gpu), define(monkeypatch, on_gpu)))
 
 
 @needs_triton
-def test_the_kernel_is_chosen_for_gpus_and_for_nothing_else():
+def test_the_kernel_is_chosen_for_gpus_and_for_nothing_else(monkeypatch):
+    monkeypatch.setattr(gpu, "_launches", lambda: True)
     chosen = {kind: raycast._fast(SimpleNamespace(device=torch.device(kind))) for kind in ("cuda", "cpu", "meta")}
     assert chosen["cuda"].__name__ == "occflow_core.ops.raycast_triton"
     assert chosen["cpu"] is not chosen["cuda"] and chosen["meta"] is None
-
-
-def test_without_triton_a_gpu_runs_the_definition(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "occflow_core.ops.raycast_triton", raising=False)
-    monkeypatch.delattr(ops, "raycast_triton", raising=False)
-    monkeypatch.setattr(raycast, "_triton", raycast._triton.__wrapped__)  # what an earlier test learned is forgotten
-    assert raycast._fast(SimpleNamespace(device=torch.device("cuda"))) is None
