@@ -22,7 +22,7 @@ def mix(sampled: Tensor, matrices: Tensor, given: int) -> Tensor:
     fast = _fast(sampled, matrices, given)
     if fast is not None:
         return fast.mix(sampled, matrices, given)
-    by_channel, by_point = matrices.view(b, q, g, -1).split([c * c, p * given], dim=-1)
+    by_channel, by_point = matrices.view(b, q, g, c * c + given * p).split([c * c, given * p], dim=-1)
     x = sampled @ by_channel.reshape(b, q, g, c, c)
     x = F.relu(F.layer_norm(x, (p, c)))
     x = by_point.reshape(b, q, g, given, p) @ x

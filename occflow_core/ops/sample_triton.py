@@ -84,9 +84,9 @@ class _Sample(torch.autograd.Function):
                 )
         # time t of group g took the weights of group (t*G + g) // T, or of its own
         if as_published:
-            of_weights = of_weights.view(b, g, t, q, s, -1).sum(2)
+            of_weights = of_weights.view(b, g, t, q, s, len(sizes)).sum(2)
         else:
-            of_weights = of_weights.view(b, t, g, q, s, -1).sum(1)
+            of_weights = of_weights.view(b, t, g, q, s, len(sizes)).sum(1)
         return None, None, None, None, None, of_points.sum(1), of_weights.transpose(1, 2), *of_rows
 
 

@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,24 +67,31 @@ def to(device: str, thing):
     return thing.to(device) if isinstance(thing, torch.Tensor) else thing
 
 
-def compiled(name: str, kernel: str, types: dict, constants: dict, folder: Path, warps: int = 4) -> tuple[str, int]:
-    """A kernel of ops/NAME_triton.py down to the machine code of an A100: its PTX and bytes of shared memory.
+def atomics(ptx: str) -> list[str]:
+    return re.findall(r"\b(?:atom|red)\.\S+", ptx)
 
-    types: text of names -> Triton's type.
+
+def compiled(name: str, kernels: dict, types: dict, folder: Path, warps: int = 4) -> list[tuple[str, int]]:
+    """Kernels of ops/NAME_triton.py down to the machine code of an A100: of each its PTX and bytes of shared memory.
+
+    kernels: name, or name and a remark -> its constants. types: text of names -> Triton's type.
     """
-    out = child(
+    child(
+        "import json, sys\n"
         "from triton.backends.compiler import GPUTarget\n"
         "from triton.compiler import ASTSource, compile\n"
-        f"from occflow_core.ops.{name}_triton import {kernel} as kernel\n"
+        f"from occflow_core.ops import {name}_triton as home\n"
         f"types = {{n: kind for names, kind in {types}.items() for n in names.split()}}\n"
-        f"constants = {constants}\n"
-        "types |= dict.fromkeys(constants, 'constexpr')\n"
-        "source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs=constants)\n"
-        f"made = compile(source, target=GPUTarget('cuda', 80, 32), options={{'num_warps': {warps}}})\n"
-        "assert made.asm['cubin']\n"
-        "print(made.metadata.shared)\n"
-        "print(made.asm['ptx'])\n",
+        "told = []\n"
+        f"for name, constants in {kernels}.items():\n"
+        "    kernel = getattr(home, name.split()[0])\n"
+        "    given = {n: 'constexpr' if n in constants else types[n] for n in kernel.arg_names}\n"
+        "    source = ASTSource(kernel, given, constexprs=constants)\n"
+        f"    made = compile(source, target=GPUTarget('cuda', 80, 32), options={{'num_warps': {warps}}})\n"
+        "    assert made.asm['cubin']\n"
+        "    told.append((made.asm['ptx'], made.metadata.shared))\n"
+        "json.dump(told, open(sys.argv[1], 'w'))\n",
+        folder / "told.json",
         TRITON_CACHE_DIR=str(folder),
     )
-    shared, ptx = out.split("\n", 1)
-    return ptx, int(shared)
+    return json.loads((folder / "told.json").read_text())

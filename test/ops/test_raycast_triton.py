@@ -73,7 +73,8 @@ pytestmark = pytest.mark.timeout(300)  # Pythons of their own, which import torc
 
 
 def answer(world):
-    return *cast(*world), swept(*world)
+    """Of the worlds of few rays only where these end: one of them walks a thousand steps, slow in the interpreter."""
+    return *cast(*world), *([] if 0 < len(world[1]) < 10 else [swept(*world)])
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_the_interpreted_kernel_equals_the_definition_on_every_ray(monkeypatch, 
 @pytest.mark.parametrize("row", range(len(WORKED)))
 def test_the_interpreted_kernel_gives_the_worked_rays_of_the_published_tracer(interpreted, row):
     *_, distance, voxel = WORKED[row]
-    got, index, _ = interpreted[f"worked {row}"]
+    got, index = interpreted[f"worked {row}"]
     assert got.item() == pytest.approx(distance, abs=1e-12) and tuple(index[0].tolist()) == voxel
 
 
@@ -113,14 +114,13 @@ def test_the_worlds_have_rays_of_every_kind(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("sweeps", [False, True])
-def test_the_kernel_compiles_for_a_gpu_and_rounds_as_the_definition_does(tmp_path, sweeps):
+def test_the_kernel_compiles_for_a_gpu_and_rounds_as_the_definition_does(tmp_path):
     """Down to the machine code of a GPU that need not be there; a fused product and sum would round once, not twice."""
     types = {"voxel step index": "*i64", "border across distance": "*fp64", "filled crossed": "*u8"}
-    constants = {"SWEPT": sweeps, "STEPS": 1001, "BLOCK": 32}
-    ptx, _ = compiled("raycast", "_cast", types | {"rays nx ny nz": "i32"}, constants, tmp_path, warps=1)
-    assert "add.f64" in ptx or "add.rn.f64" in ptx, "distances are no longer added in float64"
-    assert not {word for word in ptx.split() if word.startswith(("fma.", "mul.f", "mul.rn.f", "div."))}
+    kernels = {f"_cast {way}": {"SWEPT": way == "swept", "STEPS": 1001, "BLOCK": 32} for way in ("cast", "swept")}
+    for ptx, _ in compiled("raycast", kernels, types | {"rays nx ny nz": "i32"}, tmp_path, warps=1):
+        assert "add.f64" in ptx or "add.rn.f64" in ptx, "distances are no longer added in float64"
+        assert not {word for word in ptx.split() if word.startswith(("fma.", "mul.f", "mul.rn.f", "div."))}
 
 
 @needs_triton
