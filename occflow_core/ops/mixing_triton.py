@@ -23,14 +23,14 @@ _KINDS = torch.float32, torch.bfloat16, torch.float16
 
 
 def fits(sampled: Tensor, matrices: Tensor, given: int) -> bool:
-    """Whether the kernels can hold such a mixing on its GPU: of float32, or with half matrices, as autocast makes them.
+    """Whether the kernels can hold such a mixing on its GPU, of float32, or with half matrices, as autocast makes them.
 
     Gradients of the largest, in float32, take 96 kB of shared memory; GPUs before compute capability 8.0, and AMD's,
     have less.
     """
     p, c = sampled.shape[3:]
     small = c <= 64 and p <= 64 and given <= 128 and _block(p) * _block(given) <= 4096
-    known = matrices.dtype in _KINDS and sampled.dtype in (matrices.dtype, torch.float32)
+    known = matrices.dtype in _KINDS and sampled.dtype == torch.float32
     return small and known and torch.version.hip is None and torch.cuda.get_device_capability(sampled.device) >= (8, 0)
 
 
@@ -58,10 +58,7 @@ class _Mix(torch.autograd.Function):
         ctx.given = given
         ctx.save_for_backward(sampled, matrices)
         b, q, g, p, c = sampled.shape
-        kind = torch.promote_types(sampled.dtype, matrices.dtype)
-        if torch.is_autocast_enabled(sampled.device.type):
-            kind = torch.promote_types(kind, torch.float32)  # as a norm gives there
-        mixed = torch.empty(b, q, g, given, c, dtype=kind, device=sampled.device)
+        mixed = sampled.new_empty(b, q, g, given, c)  # float32 under autocast, as a norm gives there
         with torch.cuda.device_of(sampled):  # Triton launches on the current GPU, which need not be the tensors'
             _mix[(b * q * g,)](sampled, matrices, mixed, **_options(sampled, given))
         return mixed
@@ -119,12 +116,14 @@ def _normal(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _normal_back(gradient, x, growth, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The gradient before a norm and its ReLU, from that after them and what the norm gave."""
-    r, c = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
+    """The gradient before a norm and its ReLU, from that after them and what the norm gave.
+
+    Around, where x is zero, it says anything: all that it will meet there are zeros.
+    """
     gradient = tl.where(x > 0, gradient, 0.0)
     mean = tl.sum(tl.sum(gradient, 1), 0) / (ROWS * COLUMNS)
     along = tl.sum(tl.sum(gradient * x, 1), 0) / (ROWS * COLUMNS)
-    return tl.where((r < ROWS) & (c < COLUMNS), growth * (gradient - mean - x * along), 0.0)
+    return growth * (gradient - mean - x * along)
 
 
 @triton.jit

@@ -305,7 +305,7 @@ def _look_back(
             of_weight += share_y * share_x * heard
             of_x += share_y * grows_x * heard
             of_y += share_x * grows_y * heard
-        tl.store(of_weights + of_weight_at + level, of_weight * counts.to(u.dtype), real)
+        tl.store(of_weights + of_weight_at + level, of_weight, real)
         of_u += of_x * weight * slope_x
         of_v += of_y * weight * slope_y
         row += SIZES[2 * level] * SIZES[2 * level + 1]

@@ -81,7 +81,7 @@ def test_the_interpreted_kernels_equal_the_definition_and_its_gradients(monkeypa
 
 @needs_triton
 @needs_gpu
-@pytest.mark.parametrize("world", [name for name in WORLDS if WORLDS[name]["given"][0].dtype != torch.float64])
+@pytest.mark.parametrize("world", ["float32", "float16 under autocast"])
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_on_a_gpu_the_kernels_equal_the_definition_and_its_gradients(monkeypatch, world, half):
     on_gpu = to("cuda", WORLDS[world])
@@ -90,8 +90,13 @@ def test_on_a_gpu_the_kernels_equal_the_definition_and_its_gradients(monkeypatch
     home, kernels = parts("mixing")
     assert home._fast(*on_gpu["given"], on_gpu["points"]) is kernels
     mine = answer(on_gpu)
-    for a, b in zip(mine, defined(monkeypatch, on_gpu), strict=True):
-        assert a.dtype == b.dtype and torch.allclose(a, b, atol=0.1 if half is torch.bfloat16 else 2e-2, rtol=2e-2)
+    theirs = defined(monkeypatch, on_gpu)
+    assert [t.dtype for t in mine] == [t.dtype for t in theirs]
+    if on_gpu["auto"] is None:
+        compare(mine, theirs)
+    else:  # on the whole: where halves round to the other side of a ReLU a number is another
+        for a, b in zip(mine, theirs, strict=True):
+            assert (a - b).abs().mean() < (0.05 if half is torch.bfloat16 else 0.01) * b.abs().mean()
 
 
 @needs_triton
