@@ -34,9 +34,9 @@ def sample(
 ) -> Tensor:
     """`sample.sample` after its checks, of one type of numbers, float32 or float64. No gradient for the cameras.
 
-    Equal to the definition but for rounding: float32 tells a place in a picture to 1e-7 of its width, so that numbers
-    differ by 1e-6 of the rows' times the cells of a level's width, and a point that near to a picture's border may be
-    seen by one and not by the other.
+    Equal to the definition but for rounding. float32 tells a place in a picture to some 1e-7 of its width: of a level W
+    cells wide numbers differ by 1e-7 W times what rows differ from cell to cell, and a point that near to a picture's
+    border may be seen by one and not by the other. In float64 values and gradients agree to 1e-12.
     """
     flat = [row for lane in rows for row in lane]
     return _Sample.apply(tuple(sizes), picture, as_published, pixels_from_now, used, points, weights, *flat)
