@@ -168,12 +168,14 @@ class Collector(Gatherer):
         self.min_cameras, self.deadline = min_cameras, deadline
         self.tolerance = round(tolerance * period * NANO)
         self._open: list[_Open] = []  # oldest reference first
-        self._lead: list[float | None] = [None] * cameras  # reference minus arrival of each camera's newest image, ns
+        # reference minus arrival of each camera's newest image, ns, and when that was, s, steady
+        self._lead: list[tuple[float, float] | None] = [None] * cameras
+        self._fresh = deadline + 2 * period  # s: who was silent for longer tells nothing of the clocks
         self._left: int | None = None  # reference of the youngest set that has left
 
     def _place(self, camera: int, reference: int, stamp: int, picture: Any, now: float, clock: float) -> list[ImageSet]:
-        self._lead[camera] = reference - clock * NANO
-        if self._runs_ahead(camera):  # its sets would leave before the others' images come, and make those late
+        self._lead[camera] = reference - clock * NANO, now
+        if self._runs_ahead(camera, now):  # its sets would leave before the others' images come, and make those late
             return self._drop(camera, "clock ahead of the other cameras")
         if self._left is not None and reference <= self._left + self.tolerance:
             return self._drop(camera, "late")
@@ -205,12 +207,16 @@ class Collector(Gatherer):
         self._open, self._left, self._lead = [], None, [None] * self.cameras
         return cameras
 
-    def _runs_ahead(self, camera: int) -> bool:
+    def _runs_ahead(self, camera: int, now: float) -> bool:
         """Is a camera's clock ahead of the middle one of the others by more than a set waits? Two others must speak."""
-        others = [lead for i, lead in enumerate(self._lead) if lead is not None and i != camera]
+        others = [
+            lead[0]
+            for i, lead in enumerate(self._lead)
+            if lead is not None and i != camera and now - lead[1] <= self._fresh
+        ]
         if len(others) < 2:
             return False
-        return self._lead[camera] - median(others) > self.deadline * NANO + self.tolerance
+        return self._lead[camera][0] - median(others) > self.deadline * NANO + self.tolerance
 
     def _leave(self, goes: Callable[[_Open], bool]) -> list[ImageSet]:
         leaving = [s for s in self._open if goes(s)]

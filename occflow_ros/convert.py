@@ -223,7 +223,9 @@ def calibration(message, rectified: bool) -> Calibration:
     if len(message.d) > MOST_COEFFICIENTS:
         sentence = f"CameraInfo with {len(message.d)} coefficients of distortion, expected at most {MOST_COEFFICIENTS}"
         raise Refused("unusable CameraInfo", sentence)
-    if message.binning_x > 1 or message.binning_y > 1 or message.roi.width or message.roi.height:
+    region = (message.roi.x_offset, message.roi.y_offset, message.roi.width, message.roi.height)
+    whole = region in ((0, 0, 0, 0), (0, 0, message.width, message.height))
+    if message.binning_x > 1 or message.binning_y > 1 or not whole:
         raise Refused("unusable CameraInfo", "CameraInfo with binning or a region of interest, expected neither")
     if not message.header.frame_id.lstrip("/"):
         raise Refused("unusable CameraInfo", "CameraInfo without a frame_id, expected the camera's optical frame")
@@ -266,7 +268,8 @@ def _intrinsics(name: str, matrix: np.ndarray) -> np.ndarray:
 def told(message) -> tuple:
     """All that `calibration` reads of a CameraInfo, quickly: equal where nothing has changed."""
     arrays = (np.asarray(values, np.float64).tobytes() for values in (message.k, message.d, message.p, message.r))
-    roi, size = (message.roi.width, message.roi.height), (message.height, message.width)
+    region, size = message.roi, (message.height, message.width)
+    roi = (region.x_offset, region.y_offset, region.width, region.height)
     binning, frame = (message.binning_x, message.binning_y), message.header.frame_id
     return *arrays, *size, *roi, *binning, message.distortion_model, frame
 

@@ -5,8 +5,8 @@ what was heard is an error. Poses are kept and joined by tf2's own core where it
 chooses, and everything else is the same for both. No rclpy: transforms come in as matrices.
 
 Where tf2 and a vehicle disagree, the vehicle is right:
-- When stamps go back by more than a jump (a bag loops), dynamic transforms of the lap before are dropped by the buffer
-  itself; tf2's Python buffer keeps them for ever (ros2/geometry2 issue 606).
+- A frame whose stamps go back by more than a jump (a bag loops) begins anew, and `turned_back` drops what others said
+  of the lap before; tf2's Python buffer keeps all of it for ever (ros2/geometry2 issue 606).
 - Stamp 0 is a stamp; tf2 takes it for "whatever is newest".
 - What a frame said first about a stamp holds; tf2 keeps both and interpolates with the first before that stamp and
   with the second after it, so that the car would jump.
@@ -179,9 +179,8 @@ class TransformBuffer:
             raise ValueError(f"transform {parent} <- {child} has no stamp, expected one on /tf")
         with self._condition:
             edge = self._edges.get(child)
-            # a lap is over when a transform goes back behind itself; that others lag behind it says nothing
+            # a frame that goes back behind itself begins anew, alone: one that is late says nothing of the others
             if edge is not None and not edge.static and stamp < edge.stamps[-1] - self.jump:
-                self._edges = {name: other for name, other in self._edges.items() if other.static}
                 edge = None
             if edge is None or edge.parent != parent or edge.static != static:
                 edge = self._edges[child] = _Edge(parent, static)
@@ -202,6 +201,15 @@ class TransformBuffer:
         i = bisect.bisect_left(edge.stamps, stamp)
         known = i < len(edge.stamps) and edge.stamps[i] == stamp
         return not known and (not edge.stamps or stamp >= edge.stamps[-1] - self.keep)
+
+    def turned_back(self, stamp: int) -> None:
+        """Time goes on from a stamp, ns, that was before: what was said of later times is of the lap before."""
+        with self._condition:
+            self._edges = {
+                child: edge
+                for child, edge in self._edges.items()
+                if edge.static or edge.stamps[-1] <= stamp + self.jump
+            }
 
     def lookup(self, target: str, source: str, stamp: int) -> Tensor:
         """target_from_source (4, 4) float64 at a stamp in ns. TransformError when it is not known there."""

@@ -136,6 +136,7 @@ class Health:
         self._lap = self._clocks.mark(-np.inf)  # when /clock was last turned back
         self._told: dict[str, object] = {}
         self._failure = ""
+        self._collected: Counter[tuple[int | None, str]] = Counter()  # the totals of this activation's collector
         self._begin(0.0)
 
     def _begin(self, now: float) -> None:
@@ -153,6 +154,9 @@ class Health:
         """From now on silence is a fault; counts go on, what was heard before is forgotten."""
         with self._lock:
             self._begin(now)
+            self._collected.clear()
+            self._latest_drop.clear()
+            self._failure = ""
             self.active = True
 
     def clock(self, now: float, ros: float | None) -> None:
@@ -219,8 +223,10 @@ class Health:
         """Takes over the collector's own counts, which are totals: (camera index or None, reason) -> count."""
         with self._lock:
             for (camera, reason), count in drops.items():
-                self._drops["sets" if camera is None else self.cameras[camera]][reason] = count
-            self._lost = sum(count for (camera, _), count in drops.items() if camera is None)
+                more = count - self._collected[camera, reason]
+                self._drops["sets" if camera is None else self.cameras[camera]][reason] += more
+                self._lost += more if camera is None else 0
+            self._collected = Counter(drops)
 
     def count(self, what: str) -> None:
         """One more of: sets complete, sets partial, sets skipped, messages out, clock jumps, ..."""
@@ -236,19 +242,25 @@ class Health:
         with self._lock:
             self._latencies.setdefault(stage, deque(maxlen=WINDOW)).append(seconds)
 
-    def served(self, now: float, sensors: Iterable[str], heard: bool = True) -> None:
-        """A set was done with; what of these sensors went into it was used: arriving is not enough.
-
-        heard: an output left; else nobody would have listened, and none was made.
-        """
+    def served(self, now: float, sensors: Iterable[str]) -> None:
+        """An output left; what of these sensors went into it was used: arriving is not enough."""
         with self._lock:
-            self._counts["messages out" if heard else "sets nobody listened to"] += 1
-            self._served, self._idle = self._clocks.mark(now), not heard
+            self._counts["messages out"] += 1
+            self._served, self._idle = self._clocks.mark(now), False
             self._missing = {*self.sensors} - {*sensors}
             for name in {*sensors}:
                 self._used[name] = self._served
                 self._latest_drop.pop(name, None)  # what was lost before it explains no later silence
             self._latest_drop.pop("sets", None)
+
+    def idle(self, now: float) -> None:
+        """A set came that nobody would have heard the answer of. Nobody looked into it, so it tells that images come,
+        and not that they can be used."""
+        with self._lock:
+            self._counts["sets nobody listened to"] += 1
+            self._served, self._idle = self._clocks.mark(now), True
+            self._missing.clear()
+            self._began.update(dict.fromkeys(self._arrived, self._served))
 
     def fail(self, sentence: str) -> None:
         """What the node cannot go on with."""
@@ -340,7 +352,8 @@ class Health:
             return Status(name, level, f"{message} (latest: {latest})" if latest else message, values)
         if self._doubts.get(name):
             return Status(name, WARN, self._doubts[name], values)
-        return Status(name, OK, PAUSED if self._clocks.doubt(now).startswith(PAUSED) else "running", values)
+        paused = self._clocks.doubt(now).startswith(PAUSED)
+        return Status(name, OK, PAUSED if paused else "idle" if self._idle else "running", values)
 
     def _fault(self, name: str, silence: float, now: float) -> tuple[int, str]:
         thing = "scan" if name == LIDAR else "image"
@@ -350,12 +363,12 @@ class Health:
             return ERROR, f"no {thing} for {silence:.1f} s"
         began, used = self._began[name], self._used.get(name)
         unused = self._clocks.silence(began if used is None else max(began, used), now)
-        if unused > self.quiet:
+        if unused > self.quiet and not self._idle:
             return ERROR, f"{thing}s come, none of them was used for {unused:.1f} s"
         # from here on it is said before `quiet` has passed: whoever reads it need not wait to know
         if name in self._refused:
             return WARN, f"the latest {thing} was refused"
-        if used is None or used < began:
+        if (used is None or used < began) and not self._idle:
             return WARN, f"{thing}s come, none of them was used yet"
         if name in self._missing:
             return WARN, "missing from the newest set"

@@ -8,6 +8,7 @@ images and starts the worker; deactivate and cleanup give back what the two took
 
 import gc
 import math
+import os
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.duration import Duration
-from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
@@ -55,7 +56,8 @@ HASH = 12  # characters of the weights' SHA-256 that are told: enough to tell fi
 STAGES = ("decode", "scans", "assemble", "prepare", "network", "voxels", "visibility", "convert", "publish", "total")
 POLLS = 5  # looks at the open sets within one deadline: a set leaves at most a fifth of it late
 BEAT, LEASE = 0.25, 1.0  # s between two heartbeats, by the steady clock; s without one after which DDS tells who asks
-STUCK = 10.0  # s that one set may take: hundreds of times the usual; a worker that hangs has no heartbeat
+STUCK = 10.0  # s that one set may take, twenty times what it takes on two cores; a worker that hangs has no heartbeat
+LOST = 20  # sets lost in a row by errors after which the model is made anew; and after as many more the node ends
 RETRY = 1.0  # s between two attempts to activate, where `autostart` and `startup_wait` ask for what is not there yet
 
 
@@ -85,6 +87,7 @@ class OccupancyNode(LifecycleNode):
         self.failure: str | None = None  # what the node cannot go on with: whoever spins it ends the process
         self.waiting = False  # whether the last activation failed for what may still come
         self._worker: threading.Thread | None = None
+        self.hung: threading.Thread | None = None  # a worker that did not end: no exit would wait long enough for it
         # calibration, TF and the heartbeat go on while an activation waits for them
         self._known = MutuallyExclusiveCallbackGroup()
         self._reset()
@@ -97,6 +100,11 @@ class OccupancyNode(LifecycleNode):
         self._sources: dict[str, str] = {}  # topic of a sensor, as remapped -> its name for `Health`
         self._latest_set: int | None = None  # ns: the stamp of the newest set, whatever became of it
         self._busy: float | None = None  # s, steady: since when the worker has been at one set
+
+    @property
+    def state(self) -> str:
+        """The lifecycle state: unconfigured, inactive, active or finalized, or the name of a transition."""
+        return self._state_machine.current_state[1]
 
     # ---- lifecycle
 
@@ -122,8 +130,7 @@ class OccupancyNode(LifecycleNode):
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._stop()
-        if self._stream is not None:
-            self._stream.forget()  # what was remembered takes memory, and is of no use after a break
+        self._model = self._stream = None  # an inactive node takes no memory of a GPU; activate loads again
         _free()
         return super().on_deactivate(state)
 
@@ -158,7 +165,9 @@ class OccupancyNode(LifecycleNode):
         self._out_times = {name: self._offer(kind, f"~/debug/{name}_ms") for name in names}
         self._out_diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._configured.append((self.destroy_publisher, self._out_diagnostics))
-        known = {"group": self._known}
+        # a steady clock: timers of the ROS clock stand still when a bag is paused or turned back
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        known, knowing = {"group": self._known}, {"clock": steady, "callback_group": self._known}
         tf, latched = QoSProfile(depth=100), QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._listen(self._configured, _message("tf2_msgs", "TFMessage"), "/tf", self._on_tf, tf, **known)
         self._listen(
@@ -172,9 +181,7 @@ class OccupancyNode(LifecycleNode):
         self._configured.append(
             (self.destroy_service, self.create_service(Trigger, "~/reset_memory", self._on_reset_memory))
         )
-        # a steady clock: timers of the ROS clock stand still when a bag is paused or turned back
-        steady = Clock(clock_type=ClockType.STEADY_TIME)
-        timer = self.create_timer(s.diagnostics_period, self._guarded(self._diagnose), clock=steady)
+        timer = self.create_timer(s.diagnostics_period, self._guarded(self._diagnose), **knowing)
         self._configured.append((self.destroy_timer, timer))
         beats = QoSProfile(
             depth=1,
@@ -184,7 +191,7 @@ class OccupancyNode(LifecycleNode):
         )
         self._out_heartbeat = self.create_publisher(State, "~/heartbeat", beats)
         self._configured.append((self.destroy_publisher, self._out_heartbeat))
-        timer = self.create_timer(BEAT, self._guarded(self._beat), clock=steady, callback_group=self._known)
+        timer = self.create_timer(BEAT, self._guarded(self._beat), **knowing)
         self._configured.append((self.destroy_timer, timer))
         self.get_logger().info(
             f"configured: {self._model.name} on {self._model.device}, {len(s.cameras)} cameras, "
@@ -208,6 +215,8 @@ class OccupancyNode(LifecycleNode):
     def _activate(self) -> None:
         s = self.settings
         self._await_known(s.startup_wait)
+        if self._stream is None:
+            self._load()
         self._stream.forget()
         self._collector = _gatherer(s)
         self._watches = [Watch(s.frozen_after) for _ in s.cameras]
@@ -228,8 +237,7 @@ class OccupancyNode(LifecycleNode):
             self._say,
             self._scans,
         )
-        self.failure, self._busy = None, None
-        self.health.fail("")
+        self.failure, self._busy, self._lost, self._latest_set = None, None, 0, None
         self._worker = threading.Thread(target=self._work, args=(pipeline, self._mailbox), name="worker")
         for camera, (name, c) in enumerate(zip(s.cameras, s.camera, strict=True)):
             kind = CompressedImage if c.compressed else Image
@@ -257,11 +265,17 @@ class OccupancyNode(LifecycleNode):
         if not missing:
             return
         ours, theirs = SingleThreadedExecutor(context=self.context), self.executor
+        # nothing else runs meanwhile, above all no other transition: in a service's callback it is so already
+        others = self.default_callback_group
+        entity = next(filter(None, (reference() for reference in others.entities)))
+        held = others.beginning_execution(entity)
         ours.add_node(self)
         try:
             while (missing := self._unknown()) and (left := until - time.monotonic()) > 0:
                 ours.spin_once(timeout_sec=min(left, 0.1))
         finally:
+            if held:
+                others.ending_execution(entity)
             ours.remove_node(self)
             ours.shutdown()
             if theirs is not None:
@@ -296,8 +310,12 @@ class OccupancyNode(LifecycleNode):
         if self._worker is not None:
             self._mailbox.close()
             if self._worker.is_alive():
-                self._worker.join()
+                self._worker.join(STUCK)
+            if self._worker.is_alive():
+                self.hung = self._worker
+                self._fail(f"the worker has been at one set for more than {STUCK:g} s and cannot be stopped")
             self._worker = None
+        self._watches, self._mailbox = [], None  # they hold pictures
         self._destroy(self._activated)
 
     def _give_back(self) -> None:
@@ -319,7 +337,9 @@ class OccupancyNode(LifecycleNode):
     # ---- callbacks: they check, sort and leave; none of them decodes or thinks
 
     def _offer(self, kind, topic: str):
-        publisher = self.create_lifecycle_publisher(kind, topic, _qos(1, self.settings.reliable_output))
+        qos, remapped = _qos(1, self.settings.reliable_output), self.resolve_topic_name(topic)
+        events = PublisherEventCallbacks(incompatible_qos=self._guarded(self._on_unheard, remapped, qos))
+        publisher = self.create_lifecycle_publisher(kind, topic, qos, event_callbacks=events)
         self._configured.append((self.destroy_lifecycle_publisher, publisher))
         return publisher
 
@@ -334,12 +354,11 @@ class OccupancyNode(LifecycleNode):
         sensor: str | None = None,
         group: MutuallyExclusiveCallbackGroup | None = None,
     ) -> None:
-        events = None
+        remapped = self.resolve_topic_name(topic)
         if sensor is not None:
-            remapped = self.resolve_topic_name(topic)
             self._sources[remapped] = sensor
-            unfit = self._guarded(self._on_incompatible_qos, remapped, qos, sensor)
-            events = SubscriptionEventCallbacks(incompatible_qos=unfit)
+        unfit = self._guarded(self._on_incompatible_qos, remapped, qos, sensor)
+        events = SubscriptionEventCallbacks(incompatible_qos=unfit)
         subscription = self.create_subscription(
             kind, topic, self._guarded(callback, *arguments), qos, callback_group=group, event_callbacks=events
         )
@@ -391,22 +410,33 @@ class OccupancyNode(LifecycleNode):
         if self._collector.waiting and self._deadlines.is_canceled():
             self._deadlines.reset()
         if self._collector.lap != lap:
+            self._transforms.turned_back(stamp)
             self._latest_set = None  # of the lap before: TF has no age beside it
             self.health.count("clock jumps")
             self._say("lap", "stamps went back: open sets and memory are forgotten, a new lap begins")
 
-    def _on_incompatible_qos(self, event, topic: str, ours: QoSProfile, sensor: str) -> None:
+    def _on_incompatible_qos(self, event, topic: str, ours: QoSProfile, sensor: str | None) -> None:
         """A publisher that DDS does not connect to us: without a word, its topic would be silent for ever."""
         policy = qos_policy_name_from_kind(event.last_policy_kind).lower()
-        offered = {getattr(p.qos_profile, policy, None) for p in self.get_publishers_info_by_topic(topic)}
-        theirs = " or ".join(sorted(getattr(value, "name", str(value)) for value in offered))
-        wanted = getattr(ours, policy, None)
+        theirs = _offers(self.get_publishers_info_by_topic(topic), policy)
+        hint = ", or `reliable_images`" if sensor is not None and policy == "reliability" else ""
         sentence = (
-            f"{topic}: a publisher offers {policy} {theirs}, we ask for {getattr(wanted, 'name', wanted)}: "
-            "nothing of it will come; change its QoS, or `reliable_images`"
+            f"{topic}: a publisher offers {policy} {theirs}, we ask for {_word(getattr(ours, policy, None))}: "
+            f"nothing of it will come; change its QoS{hint}"
         )
-        self.health.explain(sensor, sentence)
+        self.health.explain("sets" if sensor is None else sensor, sentence)
         self._say(f"{topic} QoS", sentence)
+
+    def _on_unheard(self, event, topic: str, ours: QoSProfile) -> None:
+        """A subscriber that DDS does not connect to us."""
+        policy = qos_policy_name_from_kind(event.last_policy_kind).lower()
+        theirs = _offers(self.get_subscriptions_info_by_topic(topic), policy)
+        hint = ", or `reliable_output`" if policy == "reliability" else ""
+        self._say(
+            f"{topic} QoS",
+            f"{topic}: a subscriber asks for {policy} {theirs}, we offer {_word(getattr(ours, policy, None))}: "
+            f"nothing will reach it; change its QoS{hint}",
+        )
 
     def _on_cloud(self, message: PointCloud2) -> None:
         now = self._tick()
@@ -447,7 +477,7 @@ class OccupancyNode(LifecycleNode):
                 self._transforms.add(*convert.transform(stamped), static)
             except ValueError as refused:
                 self.health.count("transforms refused")
-                self._say(f"tf {stamped.child_frame_id}", f"{'/tf_static' if static else '/tf'}: {refused}")
+                self._say("tf", f"{'/tf_static' if static else '/tf'}: {refused}")
 
     def _on_reset_memory(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Sets that wait are dropped; the next one is of a new lap, at which the worker's stream forgets."""
@@ -478,7 +508,7 @@ class OccupancyNode(LifecycleNode):
                 self.health.count("sets skipped")
 
     def _diagnose(self) -> None:
-        if self.failure is not None and self._worker is not None:
+        if self.failure is not None and self.state == "active":
             self.trigger_deactivate()
         if self._collector is not None:
             self.health.collected(self._collector.dropped)
@@ -499,7 +529,9 @@ class OccupancyNode(LifecycleNode):
 
     def _beat(self) -> None:
         """Alive: the executor, since it came here, and the worker. The message is the node's lifecycle state."""
-        busy = self._busy
+        busy, worker = self._busy, self._worker
+        if worker is not None and worker.ident is not None and not worker.is_alive():
+            return  # it failed; whoever spins this node acts on `failure`
         if busy is not None and time.monotonic() - busy > STUCK:
             self._say("stuck", f"the worker has been at one set for {time.monotonic() - busy:.0f} s: no heartbeat")
             return
@@ -511,8 +543,8 @@ class OccupancyNode(LifecycleNode):
         facts: dict[str, object] = {}
         if (resident := resident_mb()) is not None:
             facts["resident memory MB"] = resident
-        device = None if self._model is None else self._model.device  # None: it is being made anew
-        if device is not None and device.type == "cuda":
+        model = self._model  # None while the node rests, or makes it anew
+        if model is not None and (device := model.device).type == "cuda":
             facts["CUDA memory MB"] = round(torch.cuda.memory_allocated(device) / 1e6, 1)
             facts["CUDA memory reserved MB"] = round(torch.cuda.memory_reserved(device) / 1e6, 1)
         facts["TF age s"] = self._transform_age()
@@ -555,9 +587,6 @@ class OccupancyNode(LifecycleNode):
                 self._busy = time.monotonic()
                 try:
                     self._answer(pipeline, letter)
-                except Exception as error:
-                    self.health.dropped("sets", type(error).__name__, str(error))
-                    self._say("worker", f"a set was lost: {type(error).__name__}: {error}")
                 finally:
                     self._busy = None
         finally:
@@ -565,39 +594,60 @@ class OccupancyNode(LifecycleNode):
 
     def _answer(self, pipeline: Pipeline, letter: Letter) -> None:
         if self.settings.lazy and not self._listened():
-            self.health.served(time.monotonic(), self._used(letter.images), heard=False)
+            self.health.idle(time.monotonic())
             return
+        problem = self._try(pipeline, letter)
+        if problem is None:
+            self._lost = 0
+            return
+        kind, sentence, memory = problem
+        if memory:
+            self.health.count("out of memory")
+            self._say("out of memory", f"out of memory ({sentence}): the model is made anew, its memory forgotten")
+            if self._renewed(pipeline) and (again := self._try(pipeline, letter)) is not None:
+                self._fail(f"a set was lost twice, also with a new model: {again[1]}, after: {sentence}")
+            return
+        self._lost += 1
+        if self._lost == LOST and self._renewed(pipeline):
+            self._say("renewed", f"{LOST} sets were lost in a row: the model was made anew")
+        elif self._lost >= 2 * LOST:
+            self._fail(f"{self._lost} sets were lost in a row, the latest by {kind}: {sentence}")
+
+    def _try(self, pipeline: Pipeline, letter: Letter) -> tuple[str, str, bool] | None:
+        """Answers a set. What went wrong, if it did: kind and text of the error, and whether memory did not suffice.
+
+        Not the error itself: it holds all that its frames hold, and that must go before anything is made anew.
+        """
         begin = time.perf_counter()
         try:
             served = pipeline.serve(letter.images)
+            if served is not None:
+                self._publish(served)
+                self.health.took("total", time.perf_counter() - begin)
+                self._served(served, letter)
+            return None
         except Exception as error:
-            if not _out_of_memory(error):
-                raise
-            served = self._again(pipeline, letter.images, error)
-        if served is not None:
-            self._publish(served)
-            self.health.took("total", time.perf_counter() - begin)
-            self._served(served, letter)
+            self.health.dropped("sets", type(error).__name__, str(error))
+            self._say("worker", f"a set was lost: {type(error).__name__}: {error}")
+            return type(error).__name__, str(error), _out_of_memory(error)
 
-    def _again(self, pipeline: Pipeline, images: ImageSet, error: Exception) -> Served | None:
-        """A set for which memory did not suffice, once more with a new model in a memory that is empty."""
-        self.health.count("out of memory")
-        self._say("out of memory", f"out of memory ({error}): the model is made anew, its memory forgotten")
-        error.__traceback__ = None  # its frames hold the tensors that must go
-        self._stream.forget()
+    def _renewed(self, pipeline: Pipeline) -> bool:
+        """Makes the model anew in a memory that is free of the old one; a node that cannot has failed."""
+        self._busy = None  # loading may take longer than any set
         self._model = self._stream = pipeline.stream = None
         _free()
         try:
             self._load()
-            pipeline.stream = self._stream
-            return pipeline.serve(images)
-        except Exception as second:
-            if not _out_of_memory(second):
-                raise
-            self.failure = f"out of memory twice in a row, also with a new model: {second}"
-            self.health.fail(self.failure)
-            self.get_logger().error(self.failure)
-            raise
+        except Exception as error:
+            self._fail(f"the model could not be made anew: {error}")
+            return False
+        pipeline.stream, self._busy = self._stream, time.monotonic()
+        return True
+
+    def _fail(self, sentence: str) -> None:
+        self.failure = sentence
+        self.health.fail(sentence)
+        self.get_logger().error(sentence)
 
     def _listened(self) -> bool:
         return any(p.get_subscription_count() for p in (self._out, self._out_points, self._out_markers))
@@ -640,6 +690,14 @@ class OccupancyNode(LifecycleNode):
         self.health.took("publish", time.perf_counter() - converted)
 
 
+def _offers(endpoints, policy: str) -> str:
+    return " or ".join(sorted({_word(getattr(e.qos_profile, policy, None)) for e in endpoints}))
+
+
+def _word(value) -> str:
+    return getattr(value, "name", str(value))
+
+
 def _qos(depth: int, reliable: bool) -> QoSProfile:
     kind = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
     return QoSProfile(depth=depth, reliability=kind)
@@ -653,8 +711,10 @@ def _free() -> None:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    # PyTorch has a class of its own for GPUs only
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "not enough memory" in str(error)
+    # PyTorch has a class of its own for its GPU allocator only; the CPU's, CUDA's and its libraries' have words
+    text = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(word in text for word in words)
 
 
 def _gatherer(s: Settings) -> Gatherer:
@@ -697,7 +757,7 @@ def _start(node: OccupancyNode, executor: SingleThreadedExecutor) -> int:
     """configure and activate, the latter again and again while all that is missing may still come; an exit code."""
     if node.trigger_configure() != TransitionCallbackReturn.SUCCESS:
         return 1
-    while node.trigger_activate() != TransitionCallbackReturn.SUCCESS:
+    while node.state == "inactive" and node.trigger_activate() != TransitionCallbackReturn.SUCCESS:
         if not node.waiting:
             return 1
         again = time.monotonic() + RETRY
@@ -742,6 +802,8 @@ def main(arguments: list[str] | None = None) -> int:
         if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()
+        if node is not None and node.hung is not None:
+            os._exit(1)  # Python would wait for its thread for ever
     return code
 
 

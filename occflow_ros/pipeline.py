@@ -24,6 +24,7 @@ from .health import LIDAR, Health
 # What a camera's mounting may change by between two sets and be the same: less than a calibration is good for, and
 # more than a stabilised mount moves from set to set
 SHIFTED, TURNED = 0.01, 0.2  # m, degrees
+REFOCUSED = 0.01  # of the picture's size, and of a lens's coefficients: what an autofocus moves is less
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,12 @@ class Pipeline:
         """Pictures (N, H, W, 3) uint8 RGB of the set, its Shots with calibrations that are true for them; a broken one
         becomes a hole."""
         for camera, shot in enumerate(images.pictures):
-            self._rig[camera] = self._rig[camera] if shot is None else shot.calibration
+            if shot is None:
+                continue
+            before, self._rig[camera] = self._rig[camera], shot.calibration
+            if before is not None and _sees_other(before, shot.calibration):
+                self.health.count("intrinsics changed")
+                self.stream.forget()  # what is remembered of it lies where it does not look
         size = self._common_size()
         ways: list[Resizer | Rectifier | None] = [None] * len(self.names)
         if size is None:
@@ -198,7 +204,10 @@ class Pipeline:
         return images, frame_of(images, self.names, pictures, mounts, poses, world_from_car, points)
 
     def _compare(self, images: ImageSet, mounts: Sequence[torch.Tensor | None]) -> None:
-        """Forgets the past where a camera was mounted anew: what was remembered lies where it is not."""
+        """Forgets the past where a camera was mounted anew: what was remembered lies where it is not.
+
+        A mount that moves a little from set to set is one that moves: each set's own place is used for what it saw.
+        """
         for camera, (before, now) in enumerate(zip(self._mounts, mounts, strict=True)):
             if images.pictures[camera] is None:
                 continue
@@ -262,3 +271,17 @@ class Pipeline:
         least = max(1, self.min_cameras)
         self._lost("too few usable cameras", f"a set was refused: {here} usable cameras, expected at least {least}")
         return None
+
+
+def _sees_other(before: Calibration, now: Calibration) -> bool:
+    """Do two calibrations of one camera look at different things, whatever the size of their pictures?"""
+    if (before.lens is None) != (now.lens is None):
+        return True
+    if now.lens is not None:
+        bends = np.array(before.lens.coefficients), np.array(now.lens.coefficients)
+        if before.lens.model != now.lens.model or bends[0].shape != bends[1].shape:
+            return True
+        if np.abs(bends[0] - bends[1]).max() > REFOCUSED:
+            return True
+    shares = [c.pixels_from_camera[:2] / [[c.width], [c.height]] for c in (before, now)]
+    return bool(np.abs(shares[0] - shares[1]).max() > REFOCUSED)

@@ -53,14 +53,14 @@ class Network(nn.Module):
         super().__init__()
         self.config, self.delay = Config(grid=grid), delay
         self.nothing = nn.Parameter(torch.zeros(1))
-        self.failures: deque[Exception] = deque()  # what the next steps raise
+        self.failures: deque[Exception] = deque()  # what the next steps raise, the warm-up's apart
         self.spoilt = 0  # how many of the next steps say NaN
         self.used: list[list[bool]] = []  # the cameras of every step
 
     def forward(self, clip, memory):
         time.sleep(self.delay)  # as a GPU does: other threads go on
         self.used.append(clip.used[0, 0].tolist())
-        if self.failures:
+        if self.failures and clip.images.any():
             raise self.failures.popleft()
         steps = 0 if bool(clip.fresh) else memory + 1
         output = torch.full((1,), float(steps))
@@ -350,6 +350,7 @@ def main() -> int:
 
     grid = OCC3D_GRID.coarser(int(os.environ.get("FAKE_COARSER", "1")))
     network = Network(float(os.environ.get("FAKE_DELAY", "0")), grid)
+    network.failures.extend(MemoryError("none left") for _ in range(int(os.environ.get("FAKE_FAILURES", "0"))))
     node.load = lambda *_, **__: model(network)
     return node.main()
 

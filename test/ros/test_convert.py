@@ -193,7 +193,7 @@ def info(**change):
         distortion_model="plumb_bob",
         binning_x=0,
         binning_y=0,
-        roi=SimpleNamespace(width=0, height=0),
+        roi=SimpleNamespace(x_offset=0, y_offset=0, width=0, height=0),
     )
     for name, value in change.items():
         setattr(message, name, value)
@@ -223,7 +223,8 @@ def test_raw_images_use_k_and_rectified_images_use_p():
         ({"d": [0.1] * 4, "p": [float("nan")] + [0.0] * 11}, "with P = "),
         ({"d": [0.1] * 4, "r": [0.995, 0.1, 0, -0.1, 0.995, 0, 0, 0, 1]}, "stereo pair"),
         ({"binning_x": 2}, "binning"),
-        ({"roi": SimpleNamespace(width=3, height=3)}, "region of interest"),
+        ({"roi": SimpleNamespace(x_offset=0, y_offset=0, width=3, height=3)}, "region of interest"),
+        ({"roi": SimpleNamespace(x_offset=1, y_offset=0, width=W, height=H)}, "region of interest"),
         ({"header": SimpleNamespace(frame_id="")}, "frame_id"),
     ],
 )
@@ -273,10 +274,15 @@ def test_what_a_camera_info_tells_changes_with_every_field_that_is_read():
         {"header": SimpleNamespace(frame_id="other")},
         {"binning_x": 2},
         {"binning_y": 2},
-        {"roi": SimpleNamespace(width=3, height=0)},
-        {"roi": SimpleNamespace(width=0, height=3)},
+        {"roi": SimpleNamespace(x_offset=0, y_offset=0, width=3, height=0)},
+        {"roi": SimpleNamespace(x_offset=0, y_offset=0, width=0, height=3)},
     ):
         assert convert.told(info(**change)) != before, change
+
+
+def test_a_region_of_interest_that_is_the_whole_picture_is_none():
+    whole = SimpleNamespace(x_offset=0, y_offset=0, width=W, height=H)
+    assert convert.calibration(info(roi=whole), rectified=False).key == convert.calibration(info(), False).key
 
 
 def test_rectified_cameras_of_a_stereo_pair_are_refused():

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from array import array
 from functools import partial
 
@@ -33,7 +34,7 @@ from occflow_core.voxelflow import unpack  # noqa: E402
 from occflow_ros.health import ERROR, OK, WARN  # noqa: E402
 
 pytestmark = [pytest.mark.dds, pytest.mark.timeout(120)]
-DOMAIN = 1 + os.getpid() % 92  # of this process alone, so that parallel runs do not hear each other
+DOMAIN = 1 + os.getpid() % 20  # of this process alone, so that parallel runs do not hear each other
 ALL = 0b111111
 
 
@@ -224,7 +225,8 @@ def test_the_clock_jumps_ahead(stage):
 
 
 def test_a_pause_is_no_fault(stage):
-    stage.drive(5)
+    for _ in range(5):
+        stage.answer()
     stage.spin(2.5)  # longer than `quiet`: nothing comes, and the clock stands
     levels = {status.level for report in stage.heard.diagnostics for status in report.status}
     assert bytes([ERROR]) not in levels
@@ -237,19 +239,20 @@ def test_a_pause_is_no_fault(stage):
 def test_transforms_are_missing_at_the_start(stage):
     node = stage.node
     stage.unconfigure()
-    node.set_parameters([Parameter("startup_wait", value=0.5), Parameter("fixed_frame", value="odom")])
+    node.set_parameters([Parameter("startup_wait", value=2.0), Parameter("fixed_frame", value="odom")])
+    heard = threading.Event()
     try:
         assert node.trigger_configure() == Result.SUCCESS
         began = time.monotonic()
         assert node.trigger_activate() == Result.FAILURE
-        assert 0.5 <= time.monotonic() - began < 3.0 and node.waiting
+        assert 2.0 <= time.monotonic() - began < 5.0 and node.waiting
         assert stage.state == "inactive"
         stage.until(lambda: stage.said("still without CameraInfo on /cam_front/camera_info; "))
         assert stage.said("a transform odom <- base_link")
         stage.car.fixed = "odom"
 
         def told():
-            while stage.state != "active":
+            while not heard.is_set():
                 stage.car.move(stage.stamp)
                 for name in CAMERAS:
                     stage.car.info(name)
@@ -258,6 +261,7 @@ def test_transforms_are_missing_at_the_start(stage):
         thread = threading.Thread(target=told)
         thread.start()
         assert node.trigger_activate() == Result.SUCCESS, "it hears of them while it waits"
+        heard.set()
         thread.join()
         stage.connected()
         for name in CAMERAS:
@@ -265,7 +269,30 @@ def test_transforms_are_missing_at_the_start(stage):
         stage.until(lambda: all(node._calibrations))
         assert stage.answer().cameras_used == ALL
     finally:
+        heard.set()
         stage.car.fixed = "map"
+        stage.unconfigure()
+        node.set_parameters([Parameter("fixed_frame", value="map")])
+
+
+def test_a_transition_that_is_asked_for_while_activation_waits_comes_after_it(stage):
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState
+
+    node, answers = stage.node, []
+    stage.unconfigure()
+    node.set_parameters([Parameter("startup_wait", value=2.0), Parameter("fixed_frame", value="odom")])
+    client = stage.listener.create_client(ChangeState, "/occflow/change_state")
+    try:
+        assert node.trigger_configure() == Result.SUCCESS
+        assert client.wait_for_service(10.0)
+        request = ChangeState.Request(transition=Transition(id=Transition.TRANSITION_CLEANUP))
+        client.call_async(request).add_done_callback(lambda future: answers.append(future.result().success))
+        assert node.trigger_activate() == Result.FAILURE
+        assert node.waiting and stage.state == "inactive"
+        stage.until(lambda: answers == [True] and stage.state == "unconfigured")
+    finally:
+        stage.listener.destroy_client(client)
         stage.unconfigure()
         node.set_parameters([Parameter("fixed_frame", value="map")])
 
@@ -336,12 +363,14 @@ def test_a_camera_info_that_cannot_be(stage, changes, words):
 def test_a_camera_info_that_changes_is_taken_and_memory_forgotten(stage):
     for _ in range(3):
         stage.answer()
+    assert memory(stage.answer(without=["cam_back"])) == 3  # while it is missing nothing is compared
     zoomed = [2 * fake.FOCAL, 0.0, 80.0, 0.0, 2 * fake.FOCAL, 45.0, 0.0, 0.0, 1.0]
     before = stage.node._calibrations[3]
     stage.car.info("cam_back", k=zoomed)
     stage.until(lambda: stage.node._calibrations[3] is not before)
     message = stage.answer()
     assert message.cameras_used == ALL and memory(message) == 0
+    assert stage.node.health.counts()["intrinsics changed"] == 1
     far = only_seen_by("cam_back")
     assert unpack(message).unobserved[far].float().mean() > 0.3, "it sees half as wide"
 
@@ -422,9 +451,59 @@ def test_memory_runs_out_for_good(stage):
     stage.car.sweep(stage.stamp)
     stage.until(lambda: stage.state == "inactive")
     stage.until(lambda: level(stage, "occupancy") == ERROR)
-    assert "out of memory twice in a row" in stage.status()[1] and stage.said("out of memory twice in a row")
+    words = "a set was lost twice, also with a new model: none left"
+    assert words in stage.status()[1] and stage.said(words)
     stage.network.failures.clear()
     stage.again()  # a supervisor may try again
+    assert stage.answer().cameras_used == ALL
+
+
+def test_what_the_cpu_says_when_its_memory_runs_out_is_understood():
+    from occflow_ros.node import _out_of_memory
+
+    with pytest.raises(RuntimeError) as told:
+        torch.empty(1 << 46, dtype=torch.uint8)
+    assert _out_of_memory(told.value) and not _out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_errors_that_never_end_end_the_node(stage, monkeypatch):
+    from occflow_ros import node as module
+
+    monkeypatch.setattr(module, "LOST", 3)
+    made = []
+    load = module.load
+    monkeypatch.setattr(module, "load", lambda *a, **k: made.append(1) or load(*a, **k))
+    stage.answer()
+    stage.network.failures.extend(RuntimeError("CUDA error: device-side assert") for _ in range(2))
+    stage.drive(2)
+    stage.until(lambda: not stage.network.failures)
+    assert stage.answer().cameras_used == ALL and not made, "two in a row are forgiven"
+    stage.network.failures.extend(RuntimeError("CUDA error: device-side assert") for _ in range(3))
+    stage.drive(3)
+    stage.until(lambda: made and not stage.network.failures)
+    assert stage.answer().cameras_used == ALL and len(made) == 1, "after three the model was made anew"
+    stage.network.failures.extend(RuntimeError("CUDA error: device-side assert") for _ in range(20))
+    for _ in range(20):
+        if stage.state == "active":
+            stage.drive(1)
+    stage.until(lambda: stage.state == "inactive")
+    stage.until(lambda: level(stage, "occupancy") == ERROR)
+    assert "6 sets were lost in a row, the latest by RuntimeError" in stage.status()[1]
+
+
+def test_a_model_that_cannot_be_made_anew_is_a_failure_and_can_be_mended(stage, monkeypatch):
+    from occflow_ros import node as module
+
+    stage.answer()
+    monkeypatch.setattr(module, "load", lambda *_, **__: 1 / 0)
+    stage.network.failures.append(MemoryError("none left"))
+    stage.drive(1)
+    stage.until(lambda: stage.state == "inactive")
+    assert "could not be made anew" in stage.node.failure
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "load", lambda *_, **__: fake.model(stage.network))
+    assert stage.node.trigger_activate() == Result.SUCCESS
+    stage.connected()
     assert stage.answer().cameras_used == ALL
 
 
@@ -457,7 +536,7 @@ def test_the_network_is_slower_than_the_cameras(stage):
         stage.node._publish = heard
     assert len(ages) >= 3 and int(stage.status()[2]["sets skipped"]) >= 10
     # each answers the newest set there was: age is what the network takes and at most a period more, and does not grow
-    slack = 0.1  # of a machine with other work
+    slack = 0.2  # of a machine with other work
     bound = stage.node.health.latencies_ms()["total"]["p99"] / 1e3 + 0.1 + slack
     assert max(ages) <= bound and ages[-1] <= ages[0] + 0.1 + slack
 
@@ -466,19 +545,21 @@ def test_the_network_is_slower_than_the_cameras(stage):
 
 
 def test_a_subscriber_that_does_not_read_blocks_nothing(stage):
-    deaf = stage.listener.create_subscription  # a subscription that nobody spins
-    import rclpy
-    from occflow_msgs.msg import VoxelFlow
-
-    other = rclpy.create_node("deaf", context=stage.context)
-    other.create_subscription(VoxelFlow, "/occflow/occupancy", lambda _: None, QoSProfile(depth=1))
-    assert deaf
+    script = (
+        "import rclpy; from occflow_msgs.msg import VoxelFlow; rclpy.init(); node = rclpy.create_node('deaf'); "
+        "node.create_subscription(VoxelFlow, '/occflow/occupancy', lambda _: None, 1); rclpy.spin(node)"
+    )
+    here = {**os.environ, "ROS_DOMAIN_ID": str(DOMAIN), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+    deaf = subprocess.Popen([sys.executable, "-c", script], env=here)
     try:
-        for _ in range(30):
+        stage.until(lambda: stage.node._out.get_subscription_count() == 2)
+        deaf.send_signal(signal.SIGSTOP)
+        for _ in range(40):  # 80 kB each: more than a subscriber's buffers take
             stage.answer()
-        assert stage.node.health.latencies_ms()["publish"]["p99"] < 50
+        assert stage.node.health.latencies_ms()["publish"]["p99"] < 100
     finally:
-        other.destroy_node()
+        deaf.kill()
+        deaf.wait()
 
 
 def test_a_publisher_whose_qos_does_not_fit(stage):
@@ -495,6 +576,18 @@ def test_a_publisher_whose_qos_does_not_fit(stage):
         stage.car.node.destroy_publisher(publisher)
     finally:
         stage.again(reliable_images=False)
+
+
+def test_a_subscriber_whose_qos_does_not_fit(stage):
+    stage.unconfigure()
+    stage.node.set_parameters([Parameter("reliable_output", value=False)])
+    try:
+        assert stage.node.trigger_configure() == Result.SUCCESS  # the listener asks for reliable
+        stage.until(lambda: stage.said("/occflow/occupancy: a subscriber asks for reliability RELIABLE"))
+        assert stage.said("we offer BEST_EFFORT")
+    finally:
+        stage.unconfigure()
+        stage.node.set_parameters([Parameter("reliable_output", value=True)])
 
 
 def test_best_effort_outputs_where_asked(stage):
@@ -579,7 +672,7 @@ def test_the_heart_beats_in_every_state_and_stops_with_a_worker_that_hangs(stage
         stage.network.delay = 3.0
         stage.stamp += NANO // 10
         stage.car.sweep(stage.stamp)
-        stage.until(lambda: lives[-1] == 0, 5.0)  # DDS tells whoever asked for it
+        stage.until(lambda: 0 in lives[-3:], 5.0)  # DDS tells whoever asked for it
         stage.until(lambda: stage.said("the worker has been at one set for"))
         stage.network.delay = 0.0
         stage.until(lambda: lives[-1] == 1)
@@ -595,16 +688,16 @@ def rclpy_duration(seconds: float):
 
 def test_what_was_taken_is_given_back(stage):
     stage.answer()
-    held = [weak() for weak in (lambda: stage.node._stream, lambda: stage.node._model)]
-    assert all(held)
-    del held
-    assert stage.node._stream.memory is not None
-    stage.node.trigger_deactivate()
-    assert stage.node._stream.memory is None
-    stage.node.trigger_cleanup()
+    node = stage.node
+    taken = [weakref.ref(thing) for thing in (node._stream, node._model)]
+    others = [weakref.ref(thing) for thing in (node._watches[0], node._mailbox, node._worker, node._collector)]
+    node.trigger_deactivate()
     gc.collect()
-    assert stage.node._stream is None and stage.node._model is None
-    assert [t.name for t in threading.enumerate() if t.name in ("worker",) or t.name.startswith("decode")] == []
+    assert [ref() for ref in taken] == [None, None], "an inactive node keeps no model"
+    node.trigger_cleanup()
+    gc.collect()
+    assert [ref() for ref in others] == [None] * 4
+    assert [t.name for t in threading.enumerate() if t.name == "worker" or t.name.startswith("decode")] == []
 
 
 # ---- the process
@@ -613,13 +706,14 @@ def test_what_was_taken_is_given_back(stage):
 class Process:
     """The node as a process of its own, and a car that drives on."""
 
-    def __init__(self, stage, delay: float = 0.0):
+    def __init__(self, stage, delay: float = 0.0, failures: int = 0):
         self.stage = stage
         environment = {
             **os.environ,
             "ROS_DOMAIN_ID": str(DOMAIN),
             "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
             "FAKE_DELAY": str(delay),
+            "FAKE_FAILURES": str(failures),
         }
         command = [sys.executable, fake.__file__, "--ros-args", "-p", "use_sim_time:=true"]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -658,6 +752,18 @@ def test_the_node_is_killed_and_started_again(alone):
     assert memory(alone.heard.messages[-1]) <= 1, "nothing of before is needed"
     code, said = second.end(signal.SIGINT)
     assert code == 0, said
+
+
+def test_a_process_whose_memory_runs_out_for_good_ends_with_an_error(alone):
+    node = Process(alone, failures=2)
+    end = time.monotonic() + 60
+    while node.process.poll() is None and time.monotonic() < end:
+        for name in CAMERAS:
+            alone.car.info(name)
+        alone.drive(1)
+    assert node.process.wait(20) == 1
+    alone.until(lambda: level(alone, "occupancy") == ERROR)
+    assert "also with a new model" in alone.status()[1], "its last word"
 
 
 @pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])

@@ -106,6 +106,24 @@ def test_stamps_that_go_back_drop_the_lap_before_and_keep_what_is_static(buffer)
     buffer.lookup("base_link", "cam", 1 * S)
 
 
+def test_where_time_is_turned_back_all_that_moves_is_forgotten_and_what_is_static_is_not(buffer):
+    buffer.add("base_link", "wheel", 11 * S, pose(), static=False)
+    buffer.turned_back(1 * S)
+    for source in ("base_link", "wheel"):
+        with pytest.raises(TransformError, match="TF has not named"):
+            buffer.lookup("map", source, 10 * S + S // 2)
+    buffer.lookup("base_link", "cam", 1 * S)
+    buffer.add("map", "base_link", 1 * S, pose(-5.0), static=False)
+    buffer.turned_back(S // 2)  # what the new lap has said already stays
+    assert torch.allclose(buffer.lookup("map", "base_link", 1 * S), pose(-5.0))
+
+
+def test_one_late_transform_costs_its_own_frame_only(buffer):
+    buffer.add("base_link", "wheel", 11 * S, pose(), static=False)
+    buffer.add("base_link", "wheel", 9 * S, pose(), static=False)
+    assert torch.allclose(buffer.lookup("map", "base_link", 11 * S), pose(10.0, 1.0))
+
+
 def test_a_stale_publisher_does_not_wipe_what_others_say(buffer):
     for k in range(5):
         buffer.add("base_link", "wheel", 2 * S + k, pose(), static=False)  # nine seconds behind the car's own pose

@@ -150,7 +150,7 @@ def right_info(model="plumb_bob", bend=(-0.3, 0.1, 0.0, 0.0, 0.0)):
         p=[80.0, 0.0, 64.0, 0.0, 0.0, 80.0, 36.0, 0.0, 0.0, 0.0, 1.0, 0.0],
         binning_x=0,
         binning_y=0,
-        roi=SimpleNamespace(width=0, height=0),
+        roi=SimpleNamespace(x_offset=0, y_offset=0, width=0, height=0),
     )
 
 
@@ -171,7 +171,7 @@ INFO = mostly_right(
     p=floats(12),
     binning_x=UINT32,
     binning_y=UINT32,
-    roi=message(width=UINT32, height=UINT32),
+    roi=message(x_offset=UINT32, y_offset=UINT32, width=UINT32, height=UINT32),
 )
 
 

@@ -91,7 +91,7 @@ def test_a_set_that_nobody_listens_to_is_as_good_as_an_output_and_is_not_asked_f
         for name in AB:
             health.image(name, k / 10, k * NANO // 10)
         health.count("sets complete")
-        health.served(k / 10, AB, heard=k < 10)
+        health.served(k / 10, AB) if k < 10 else health.idle(k / 10)
     whole, *cameras = health.report(4.9)
     assert (whole.level, whole.message) == (OK, "idle: nobody listens") and {s.level for s in cameras} == {OK}
     assert whole.values["share of sets answered"] == 1.0 and whole.values["sets nobody listened to"] == 40

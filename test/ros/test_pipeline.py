@@ -35,9 +35,12 @@ class Asked:
     """A stream that keeps what it was given."""
 
     def __init__(self, height=64, width=96):
-        self.frames, self.seconds = [], {}
+        self.frames, self.seconds, self.forgot = [], {}, 0
         config = SimpleNamespace(height=height, width=width)
         self.model = SimpleNamespace(system=SimpleNamespace(config=config), resize="fast")
+
+    def forget(self):
+        self.forgot += 1
 
     def step(self, frame):
         self.frames.append(frame)
@@ -220,6 +223,10 @@ def test_memory_is_forgotten_where_a_calibration_really_changed_and_not_where_on
     for k, b in enumerate((calibrated("b", 120, 200), calibrated("b", 240, 400), tele)):
         pipeline.serve(together([a, b], ms=k))
     first, larger, longer = asked.frames
+    assert asked.forgot == 1
+    bent = replace(a, lens=FISHEYE)
+    pipeline.serve(together([bent, tele], ms=3))
+    assert asked.forgot == 2, "another lens alone, though its pinhole is the same"
     assert stream.follows(first, larger, 2.0) and not stream.follows(larger, longer, 2.0)
     pipeline.close()
 

@@ -16,7 +16,7 @@ from occflow_core.data import bag as bags  # noqa: E402
 from occflow_core.data import pattern  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-DOMAIN = str(1 + os.getpid() % 95)  # of this process alone, so that parallel runs do not hear each other
+DOMAIN = str(41 + os.getpid() % 20)  # of this process alone, so that parallel runs do not hear each other
 FRAMES, RATE = 6, 12.0
 
 LISTENER = """
