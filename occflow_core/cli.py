@@ -182,6 +182,24 @@ def convert(
     print(f"{out}: {model}")
 
 
+def export(
+    model: Annotated[str, "system and preset, e.g. opus-demo"],
+    out: Annotated[Path, "folder that does not exist yet"],
+    /,
+    backend: Annotated[
+        Literal["aot", "onnx"], "aot: AOTInductor packages, encoder and decoder; onnx: the encoder alone"
+    ] = "aot",
+    weights: Annotated[Path | None, "its weights; without: those that ship, else random ones"] = None,
+    device: Annotated[str, "aot: where it will run, cpu or cuda"] = "cpu",
+    cameras: Annotated[int, "how many"] = 6,
+) -> None:
+    """A model -> files that run without its Python, compared with it."""
+    from .runtime import load
+    from .runtime.export import export as run
+
+    print(run(load(model, weights, device), out, backend, cameras))
+
+
 def bench(
     what: Annotated[
         Literal["node", "model", "metrics"],
@@ -298,7 +316,7 @@ def demo(
     print(run(out, seconds, rate))
 
 
-SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, train, show, convert, evaluate, bench, demo)}
+SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, train, show, convert, evaluate, export, bench, demo)}
 
 
 def gathered(arguments: list[str], option: str) -> list[str]:
