@@ -86,6 +86,8 @@ def built(model: Model, backend: str = "eager", cameras: int = 6, cache: Path | 
             facts = known(model, backend, cameras)
             made, difference = engine(folder, facts, begun, lambda at: parts.compared(loaded(parts, at, backend)))
         log.info("%s: %s ready after %.1f s, %s", model.name, backend, perf_counter() - began, difference)
+    except (MemoryError, torch.OutOfMemoryError):  # told by their kind
+        raise
     except Exception as problem:  # compilers fail in any way
         first = (str(problem).strip() or repr(problem)).split("\n")[0]
         raise ValueError(f"backend {backend} of {model.name} on {model.device}: {first}") from problem
@@ -195,14 +197,17 @@ class Parts:
 
     @torch.inference_mode()
     def _differences(self, made: nn.Module) -> list[Difference]:
-        """Of every tensor that the system and another say of the clips of drives, each with its own memory."""
+        """Of the encoder's features, and of every tensor that the system and another say of the clips of drives, each
+        with its own memory."""
         worst: list[Difference] = []
         for seed in range(DRIVES):
             mine = other = None
             for clip in made_up_drive(self.system.config, self.cameras, seed):
                 clip = clip.to(self.system.mean.device)
                 (expected, mine), (told, other) = self.system(clip, mine), made(clip, other)
-                found = [differ(*pair) for pair in zip(expected.told(), told.told(), strict=True)]
+                rows = [((None, m.lanes[0][0].rows),) for m in (mine, other)]  # what the encoder said just now
+                both = ((*first, *said.told()) for first, said in zip(rows, (expected, told), strict=True))
+                found = [differ(*pair) for pair in zip(*both, strict=True)]
                 pairs = zip(worst or found, found, strict=True)
                 worst = [Difference(max(a.largest, b.largest), max(a.mean, b.mean)) for a, b in pairs]
         return worst
