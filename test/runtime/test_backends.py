@@ -28,7 +28,11 @@ BRIEF = replace(small.CONFIG, refines=(8,), frames=2, levels=2, look=8)  # each 
 
 
 def opus(seed=0) -> Model:
-    return Model(small.build(BRIEF, seed), "opus-small", False, "fast", None)
+    system = small.build(BRIEF, seed)
+    with torch.no_grad():  # else what an unused camera sees is zero even where it is looked into
+        for convolution in system.neck.output:
+            convolution.bias += 0.5
+    return Model(system, "opus-small", False, "fast", None)
 
 
 SMALL = {
