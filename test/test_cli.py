@@ -29,6 +29,8 @@ def occflow(*arguments: str) -> subprocess.CompletedProcess:
         (("bench", "node", "--pictures", "nowhere"), "nowhere"),
         (("bench", "metrics", "--pictures", "nowhere"), "--pictures is for node, not for metrics"),
         (("bench", "node", "--model", "opus-demo"), "--model is for model, not for node"),
+        (("bench", "metrics", "--backend", "aot"), "--backend is for model, not for metrics"),
+        (("bench", "model", "--model", "opus-nano", "--backend", "tensorrt"), "needs an NVIDIA GPU"),
         (("bench", "model", "--sets", "0"), "--sets must be at least 1"),
         (("bench", "model", "--weights", "nowhere.safetensors"), "nowhere.safetensors"),
         (("bench", "model", "--model", "opus-domo"), "opus-demo"),
