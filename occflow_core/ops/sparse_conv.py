@@ -105,9 +105,8 @@ class _Convolve(torch.autograd.Function):
 
 def _gather(features: Tensor, taps: Tensor, matrices: Tensor) -> Tensor:
     """Sum over the taps of the rows that they meet, each through the tap's matrix."""
-    total = features.new_zeros(
-        taps.shape[1], matrices.shape[2], dtype=torch.promote_types(features.dtype, torch.float32)
-    )
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    total = features.new_zeros(taps.shape[1], matrices.shape[2], dtype=wide)
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
         for rows, matrix in zip(taps, matrices, strict=True):
             at, rows = _met(rows, features)
