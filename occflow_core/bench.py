@@ -130,18 +130,20 @@ def _full_prediction() -> Prediction:
     return Prediction(OCC3D_GRID, OPENOCC, *parts)
 
 
-def bench_model(sets: int, model: str, weights: Path | None = None, device: str = "cpu") -> dict[str, Any]:
+def bench_model(
+    sets: int, model: str, weights: Path | None = None, device: str = "cpu", backend: str = "eager"
+) -> dict[str, Any]:
     """What a network costs from six pictures of 1600 x 900 (and a made-up LiDAR scan, if it takes one) to voxels,
     streaming at 2 Hz. Stages, each in ms (p50, p95, p99):
 
     prepare: pictures to the network's size; network; voxels: decode; visibility: what the cameras observe; all. Errors
-    are those of `runtime.load`.
+    are those of `runtime.load` and `runtime.built`.
     """
     from .data import pattern
-    from .runtime import Stream, load
+    from .runtime import Stream, built, load
     from .runtime.stream import made_up_points
 
-    loaded = load(model, weights, device)
+    loaded = built(load(model, weights, device), backend, cameras=len(pattern.NAMES))
     config = loaded.system.config
     points = made_up_points(config) if config.sweeps else None
     stream, stages, warm_up = Stream(loaded), {}, config.frames
@@ -154,7 +156,8 @@ def bench_model(sets: int, model: str, weights: Path | None = None, device: str 
     threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     parameters = sum(p.numel() for p in loaded.system.parameters())
     return {
-        "what": f"{loaded.name}, {parameters / 1e6:.1f} M parameters, {sets} sets, {threads}, process of {memory} MB",
+        "what": f"{loaded.name}, {backend}, {parameters / 1e6:.1f} M parameters, {sets} sets, {threads}, "
+        f"process of {memory} MB",
         "machine": machine(),
         "ms": {name: _percentiles(seconds) for name, seconds in stages.items()},
         "memory MB": memory,

@@ -182,6 +182,24 @@ def convert(
     print(f"{out}: {model}")
 
 
+def export(
+    model: Annotated[str, "system and preset, e.g. opus-demo"],
+    out: Annotated[Path, "folder that does not exist yet"],
+    /,
+    backend: Annotated[
+        Literal["aot", "onnx"], "aot: AOTInductor packages, encoder and decoder; onnx: the encoder alone"
+    ] = "aot",
+    weights: Annotated[Path | None, "its weights; without: those that ship, else random ones"] = None,
+    device: Annotated[str, "aot: where it will run, cpu or cuda"] = "cpu",
+    cameras: Annotated[int, "how many"] = 6,
+) -> None:
+    """A model -> files that run without its Python, compared with it."""
+    from .runtime import load
+    from .runtime.export import export as run
+
+    print(run(load(model, weights, device), out, backend, cameras))
+
+
 def bench(
     what: Annotated[
         Literal["node", "model", "metrics"],
@@ -195,13 +213,23 @@ def bench(
     model: Annotated[str | None, "model: its name, e.g. opus-v2-nano; without: opus-demo"] = None,
     weights: Annotated[Path | None, "model: its weights; without: those that ship, else random ones"] = None,
     device: Annotated[str | None, "model and metrics: where; without: the CPU"] = None,
+    backend: Annotated[
+        Literal["eager", "compiled", "aot", "tensorrt"] | None, "model: what runs it; without: eager"
+    ] = None,
     out: Annotated[Path | None, "also write the figures there as JSON"] = None,
 ) -> None:
     """Timings on this machine, as a table and as JSON."""
     from .bench import bench_metrics, bench_model, bench_node, table
 
-    takers = {"pictures": ("node",), "model": ("model",), "weights": ("model",), "device": ("model", "metrics")}
-    for option, given in {"pictures": pictures, "model": model, "weights": weights, "device": device}.items():
+    takers = {
+        "pictures": ("node",),
+        "model": ("model",),
+        "weights": ("model",),
+        "device": ("model", "metrics"),
+        "backend": ("model",),
+    }
+    options = {"pictures": pictures, "model": model, "weights": weights, "device": device, "backend": backend}
+    for option, given in options.items():
         if given is not None and what not in takers[option]:
             raise ValueError(f"bench: --{option} is for {' and '.join(takers[option])}, not for {what}")
     if sets < 1:
@@ -209,7 +237,7 @@ def bench(
     if what == "node":
         figures = bench_node(sets, pictures)
     elif what == "model":
-        figures = bench_model(sets, model or "opus-demo", weights, device or "cpu")
+        figures = bench_model(sets, model or "opus-demo", weights, device or "cpu", backend or "eager")
     else:
         figures = bench_metrics(sets, device or "cpu")
     print(table(figures))
@@ -298,7 +326,7 @@ def demo(
     print(run(out, seconds, rate))
 
 
-SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, train, show, convert, evaluate, bench, demo)}
+SUBCOMMANDS = {f.__name__: f for f in (world, labels, bag, train, show, convert, evaluate, export, bench, demo)}
 
 
 def gathered(arguments: list[str], option: str) -> list[str]:

@@ -40,7 +40,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from std_srvs.srv import Trigger
 from visualization_msgs.msg import MarkerArray
 
-from occflow_core.runtime import Stream, load
+from occflow_core.runtime import Stream, built, load
 from occflow_core.types import NANO
 
 from . import convert, frames, parameters
@@ -153,6 +153,7 @@ class OccupancyNode(LifecycleNode):
         quiet = max(2.0, 3.0 / s.camera_rate)
         self.health = Health(s.cameras, self._model.name, quiet, sweeps > 0, s.min_cameras, s.clock_jump)
         self.health.tell("trained", str(self._model.trained).lower())
+        self.health.tell("backend", s.backend)
         self.health.tell("weights SHA-256", (self._model.weights or "none: random")[:HASH])
         self._transforms = frames.buffer(jump=s.clock_jump)
         self._calibrations, self._infos = [None] * len(s.cameras), [None] * len(s.cameras)
@@ -208,7 +209,8 @@ class OccupancyNode(LifecycleNode):
     def _load(self) -> None:
         """The model, warm: what can fail for want of memory fails here, not at the first set."""
         s = self.settings
-        self._model = load(s.model, s.weights or None, device=_device(s.device))
+        model = load(s.model, s.weights or None, device=_device(s.device))
+        self._model = built(model, s.backend, len(s.cameras))
         self._stream = Stream(self._model, longest_gap=s.longest_gap)
         self._stream.warm_up(s.cameras)
 

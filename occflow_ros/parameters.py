@@ -51,6 +51,9 @@ class Settings:
         read_only=True,
     )
     device: str = _parameter("auto", "auto (CUDA where present, else CPU), cpu, cuda or cuda:1")
+    backend: str = _parameter(
+        "eager", "what runs the network: eager, compiled, aot or tensorrt; the last two are built once and kept"
+    )
     threads: int = _parameter(0, "CPU threads of the network; 0: PyTorch's choice", 0, 256)
     camera_rate: float = _parameter(12.0, "Hz of each camera", 0.1, 240)
     sync: str = _parameter(

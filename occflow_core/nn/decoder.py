@@ -26,6 +26,11 @@ class Output:
     flow: tuple[Tensor, ...] | None  # (B, Q, P, 2) m/s over ground, car frame now
     sight: Any = None  # `sight.Sight` of a network whose points look for themselves
 
+    def told(self) -> list[tuple[Tensor | None, Tensor]]:
+        """Everything said, to be compared: values, and places (M, D) that rows (M, C) belong to; None: their order."""
+        seen = () if self.sight is None else (self.sight.ranges, self.sight.names)
+        return [(None, values) for values in (*self.points, *self.logits, *(self.flow or ()), *seen)]
+
 
 class Looks(Protocol):
     """What a layer looks into, e.g. `instants.View`."""

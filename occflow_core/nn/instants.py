@@ -110,17 +110,25 @@ class View:
     picture: tuple[int, int]  # height, width in pixels
     pixels_from_now: Tensor  # (B, T, N, 3, 4)
     used: Tensor  # (B, T, N) bool
+    cameras: Cameras | None = None  # (B, N), of the newest instant, for those that follow rays
 
     @staticmethod
     def of(windows: Sequence[Sequence[Entry]], sizes: tuple[tuple[int, int], ...]) -> "View":
         """sizes: of the levels of every entry's rows."""
-        cameras = windows[0][0].cameras
+        now = [lane[0].cameras for lane in windows]
+        cameras = Cameras(
+            torch.stack([c.pixels_from_camera for c in now]),
+            torch.stack([c.car_from_camera for c in now]),
+            now[0].height,
+            now[0].width,
+        )
         return View(
             rows=[[entry.rows for entry in lane] for lane in windows],
             sizes=sizes,
             picture=(cameras.height, cameras.width),
             pixels_from_now=torch.stack([torch.stack([_pixels_from_now(e) for e in lane]) for lane in windows]),
             used=torch.stack([torch.stack([entry.used for entry in lane]) for lane in windows]),
+            cameras=cameras,
         )
 
     def finest(self, change: Callable[[Tensor], Tensor]) -> "View":

@@ -105,9 +105,8 @@ class _Convolve(torch.autograd.Function):
 
 def _gather(features: Tensor, taps: Tensor, matrices: Tensor) -> Tensor:
     """Sum over the taps of the rows that they meet, each through the tap's matrix."""
-    total = features.new_zeros(
-        taps.shape[1], matrices.shape[2], dtype=torch.promote_types(features.dtype, torch.float32)
-    )
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    total = features.new_zeros(taps.shape[1], matrices.shape[2], dtype=wide)
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
         for rows, matrix in zip(taps, matrices, strict=True):
             at, rows = _met(rows, features)
@@ -137,16 +136,20 @@ def _taps(sites: Tensor, at: Tensor, shape, kernel, stride, padding) -> Tensor:
     ids = torch.cat([ids, ids.new_full((1,), torch.iinfo(ids.dtype).max)])
     order = torch.cat([order, order.new_full((1,), sites.shape[0])])
     first = _ids(torch.cat([at[:, :1], at[:, 1:] * at.new_tensor(stride)], dim=1), shelled)
+    columns = [(x * shelled[1] + y) * shelled[2] for x in range(kernel[0]) for y in range(kernel[1])]
+    if torch.compiler.is_compiling():  # all at once: a ninth of the program, which takes minutes to build
+        columns = [at.new_tensor(columns)[:, None]]
     rows = []
-    for x in range(kernel[0]):
-        for y in range(kernel[1]):
-            wanted = first + (x * shelled[1] + y) * shelled[2]
-            place = torch.searchsorted(ids, wanted)
-            for _ in range(kernel[2]):  # what is next in the grid is next in order, if it is there
-                met = ids[place] == wanted
-                rows.append(torch.where(met, order[place], order[-1]))
-                place, wanted = place + met, wanted + 1
-    return torch.stack(rows)
+    for column in columns:
+        wanted = first + column
+        place = torch.searchsorted(ids, wanted)
+        along = []
+        for _ in range(kernel[2]):  # what is next in the grid is next in order, if it is there
+            met = ids[place] == wanted
+            along.append(torch.where(met, order[place], order[-1]))
+            place, wanted = place + met, wanted + 1
+        rows.append(torch.stack(along, dim=-2).flatten(end_dim=-2))
+    return torch.cat(rows)
 
 
 def _ids(sites: Tensor, shape: Sequence[int]) -> Tensor:

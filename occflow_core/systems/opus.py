@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..geometry import OCC3D_GRID, Grid
 from ..nn import BACKBONES, FPN
 from ..nn.decoder import Layer, Output, losses, predictions, refined, targets
-from ..nn.instants import Memory, see
+from ..nn.instants import Memory, View, see
 from ..nn.points import points_loss
 from ..nn.queries import STEP
 from ..nn.sight import FARTHEST, Look, Pixels, filled, sight_losses
@@ -188,14 +188,17 @@ class Opus(nn.Module):
 
     def forward(self, clip: Clip, memory: Memory | None) -> tuple[Output, Memory]:
         """A clip that brings `config.frames` times is the window; a shorter one is completed from memory."""
-        config = self.config
-        view, rows, memory = see(self, clip, memory)
-        begin = self.queries.weight.expand(len(rows), -1, -1)
-        output = refined(self.layers, begin, view, config)
+        view, _, memory = see(self, clip, memory)
+        return self.answer(view), memory
+
+    def answer(self, view: View) -> Output:
+        """The decoder alone, whatever the pictures were encoded by."""
+        begin = self.queries.weight.expand(len(view.rows), -1, -1)
+        output = refined(self.layers, begin, view, self.config)
         if self.look is not None:
-            sight = self.pixels(rows[:, 0], view.sizes[0], clip.cameras[:, 0], clip.used[:, 0])
-            output = self.look(output, view, sight)
-        return output, memory
+            now = torch.stack([lane[0] for lane in view.rows])  # (B, N, R, C)
+            output = self.look(output, view, self.pixels(now, view.sizes[0], view.cameras, view.used[:, 0]))
+        return output
 
     def loss(self, output: Output, truth: Occupancy) -> dict[str, Tensor]:
         """Scalars to be added up: where the points of the queries begin, and of each layer where its points are, what

@@ -166,6 +166,11 @@ class Output:
     points: tuple[Tensor, ...]  # (B, Q, P, 3) m, car frame now
     voxels: tuple[Voxels, ...]  # of every layer where something may learn, else of the last alone
 
+    def told(self) -> list[tuple[Tensor | None, Tensor]]:
+        """Everything said, to be compared: values, and places (M, D) that rows (M, C) belong to; None: their order."""
+        rows = [(v.sites, v.logits if v.flow is None else torch.cat([v.logits, v.flow], dim=1)) for v in self.voxels]
+        return [*((None, points) for points in self.points), *rows]
+
 
 class OpusV2(nn.Module):
     """Clips -> points with features -> occupancy (and velocities). See `systems.base.System` for the contract."""
@@ -208,9 +213,9 @@ class OpusV2(nn.Module):
     def forward(self, clip: Clip, memory: Memory | None) -> tuple[Output, Memory]:
         """A clip that brings `config.frames` times is the window; a shorter one is completed from memory."""
         view, _, memory = see(self, clip, memory)
-        return self.look(view), memory
+        return self.answer(view), memory
 
-    def look(self, view: View) -> Output:
+    def answer(self, view: View) -> Output:
         """The decoder alone, whatever the pictures were encoded by."""
         unit = self.queries.weight[None, :, None].expand(len(view.rows), -1, -1, -1)  # (B, Q, 1, 3)
         query = unit.new_zeros(*unit.shape[:2], self.config.channels)
@@ -387,8 +392,8 @@ class Densifier(nn.Module):
         lane = torch.arange(len(points), device=points.device).view(-1, 1, 1)
         x, y, z = cell.long().unbind(-1)
         ids, place = (((lane * shape[0] + x) * shape[1] + y) * shape[2] + z).flatten().unique(return_inverse=True)
-        features, most = self.pools[0](features, place, len(ids))
-        _, most = self.pools[1](torch.cat([features, most[place]], dim=1), place, len(ids))
+        features, most = self.pools[0](features, place, ids.shape[0])
+        _, most = self.pools[1](torch.cat([features, most[place]], dim=1), place, ids.shape[0])
 
         sites = torch.stack(torch.unravel_index(ids, (len(points), *grid.shape)), dim=1)
         sites, _, taps = ops.regular_taps(sites, grid.shape, AROUND, padding=(1, 1, 1))

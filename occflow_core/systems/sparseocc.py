@@ -237,6 +237,18 @@ class Output:
     masks: tuple[Tensor, ...]  # (B, Q, K) logits over the voxels kept last: before any layer, and after each
     names: tuple[Tensor, ...]  # (B, Q, classes) logits
 
+    def told(self) -> list[tuple[Tensor | None, Tensor]]:
+        """Everything said, to be compared: values, and places (M, D) that rows (M, C) belong to; None: their order."""
+        rows = []
+        for kept in self.kept:
+            lane = torch.arange(len(kept.where), device=kept.where.device)[:, None, None].expand_as(kept.where[..., :1])
+            place = torch.cat([lane, kept.where], dim=-1).flatten(0, 1)
+            said = [kept.names, *(() if kept.filled is None else (kept.filled[..., None],))]
+            said += () if kept.flow is None else (kept.flow,)
+            rows += [(place, part.flatten(0, 1)) for part in said]
+        masks = [(place, mask.mT.flatten(0, 1)) for mask in self.masks]  # over the voxels kept last
+        return [*rows, *masks, *((None, names) for names in self.names)]
+
 
 class SparseOcc(nn.Module):
     """Clips -> voxels, and masks with classes over them -> occupancy. See `systems.base.System` for the contract."""
@@ -267,9 +279,9 @@ class SparseOcc(nn.Module):
     def forward(self, clip: Clip, memory: Memory | None) -> tuple[Output, Memory]:
         """A clip that brings `config.frames` times is the window; a shorter one is completed from memory."""
         view, _, memory = see(self, clip, memory)
-        return self.look(view), memory
+        return self.answer(view), memory
 
-    def look(self, view: View) -> Output:
+    def answer(self, view: View) -> Output:
         """Voxels and masks alone, whatever the pictures were encoded by."""
         config, device = self.config, view.pixels_from_now.device
         numbers = config.kept_in_training if self.training else config.kept

@@ -100,7 +100,9 @@ def test_configure_can_fail_and_then_succeed_in_the_same_process_and_all_is_give
     node.set_parameters([Parameter("model", value="opus-huge")])
     assert node.trigger_configure() == Result.FAILURE
     assert subscriptions() == before
-    node.set_parameters([Parameter("model", value="opus-nano")])
+    node.set_parameters([Parameter("model", value="opus-nano"), Parameter("backend", value="fast")])
+    assert node.trigger_configure() == Result.FAILURE, "no other backend in the stead of one that cannot be had"
+    node.set_parameters([Parameter("backend", value="eager")])
     for _ in range(2):
         assert node.trigger_configure() == Result.SUCCESS
         (refused,) = node.set_parameters([Parameter("model", value="opus-tiny")])
@@ -142,6 +144,21 @@ def test_the_way_to_make_sets_is_one_of_the_known_words_and_what_it_costs_is_sai
     assert gatherer.add(5, 10**9 + 20_000_000, "c", 0.0) == []  # as wide as the slop
     assert len(gatherer.add(5, 10**9 + 19_999_999, "c", 0.0)) == 1
     assert node.trigger_deactivate() == Result.SUCCESS
+
+
+@pytest.mark.dds
+def test_the_network_is_run_by_the_backend_that_is_asked_for(node, monkeypatch):
+    from rclpy.lifecycle import TransitionCallbackReturn as Result
+    from rclpy.parameter import Parameter
+
+    from occflow_ros import node as module
+
+    asked = []
+    monkeypatch.setattr(module, "built", lambda model, *how: asked.append((model.name, *how)) or model)
+    node.set_parameters([Parameter("model", value="opus-nano"), Parameter("backend", value="aot")])
+    assert node.trigger_configure() == Result.SUCCESS
+    assert asked == [("opus-nano (untrained)", "aot", 6)]
+    assert node.health.report(0.0)[0].values["backend"] == "aot"
 
 
 @pytest.mark.dds

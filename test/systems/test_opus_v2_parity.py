@@ -31,7 +31,7 @@ def made() -> opus_v2.OpusV2:
 
 @torch.no_grad()
 def said(system: opus_v2.OpusV2) -> opus_v2.Output:
-    return system.look(small_v2.view())
+    return system.answer(small_v2.view())
 
 
 def points_are_theirs(output: opus_v2.Output) -> bool:
@@ -117,7 +117,7 @@ def wrong(terms) -> set[str]:
 
 def test_losses_and_gradients_are_the_authors():
     system = made().train()
-    output = system.look(small_v2.view())
+    output = system.answer(small_v2.view())
     assert all(names_are_theirs(voxels, f" {i}") for i, voxels in enumerate(output.voxels))
     terms = system.loss(output, small_v2.truth())
     assert not wrong(terms)
@@ -142,13 +142,13 @@ def test_losses_and_gradients_are_the_authors():
 )
 def test_another_number_in_the_losses_would_change_them(monkeypatch, home, name, value, which):
     system = made().train()
-    output = system.look(small_v2.view())
+    output = system.answer(small_v2.view())
     monkeypatch.setattr(home, name, value)
     assert {term.split()[0] for term in wrong(system.loss(output, small_v2.truth()))} == {which}
 
 
 def test_so_would_eyes_everywhere_for_points_but_not_for_names():
     system, truth = made().train(), small_v2.truth()
-    output = system.look(small_v2.view())
+    output = system.answer(small_v2.view())
     terms = system.loss(output, replace(truth, seen=torch.ones_like(truth.seen)))
     assert {term.split()[0] for term in wrong(terms)} == {"points"}

@@ -404,7 +404,7 @@ def test_twice_the_frames_each_there_twice_say_what_they_said():
     window = memory.lanes[0]
     sizes = ((16, 24), (8, 12), (4, 6), (2, 3))
     views = [sparseocc.View.of([list(entries)], sizes) for entries in (window, [*window, *window])]
-    before, after = net.look(views[0]), more.look(views[1])
+    before, after = net.answer(views[0]), more.answer(views[1])
     assert (before.masks[-1] - after.masks[-1]).abs().max() < 1e-4
     assert all((a.flow - b.flow).abs().max() < 1e-4 for a, b in zip(before.kept, after.kept))
     with pytest.raises(ValueError, match="4 frames does not shrink to 2"):

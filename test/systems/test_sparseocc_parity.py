@@ -36,7 +36,7 @@ both = pytest.mark.parametrize("generation", list(PARITY))
 
 
 def said(system: sparseocc.SparseOcc) -> sparseocc.Output:
-    return system.look(small_v2.view())
+    return system.answer(small_v2.view())
 
 
 def differing(output: sparseocc.Output, generation: str) -> set[str]:

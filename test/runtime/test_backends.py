@@ -1,0 +1,328 @@
+"""Every backend says what eager says, or is refused.
+
+Compilers are slow: here one small OPUS is built, once, as a package. `pytest -m big` has it compiled, too, and builds
+the nano preset of every system with every backend that runs on a CPU.
+"""
+
+import logging
+import subprocess
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from systems import small, small_sparse, small_v2
+from systems.rig import drive, frame
+from torch import nn
+
+from occflow_core.runtime import Model, Stream, backends, built, load
+from occflow_core.runtime.backends import ENGINE, Difference, Engine, Parts, differ, known
+from occflow_core.runtime.cache import Unfit, key
+from occflow_core.runtime.export import export
+from occflow_core.systems.base import seeded
+from occflow_core.systems.sparseocc import SparseOcc4D
+
+CAMERAS = 3
+BRIEF = replace(small.CONFIG, refines=(8,), frames=2, levels=2, look=8)  # each layer takes compilers several seconds
+
+
+def opus(seed=0) -> Model:
+    system = small.build(BRIEF, seed)
+    with torch.no_grad():  # else what an unused camera sees is zero even where it is looked into
+        for convolution in system.neck.output:
+            convolution.bias += 0.5
+    return Model(system, "opus-small", False, "fast", None)
+
+
+SMALL = {
+    "opus": opus,
+    "opus-v2": lambda: Model(small_v2.build(), "opus-v2-small", False, "fast", None),
+    "sparseocc4d": lambda: Model(
+        seeded(SparseOcc4D(small_sparse.CONFIG), 0).eval(), "sparseocc4d-small", False, "fast", None
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache") / "engines"
+
+
+@pytest.fixture(scope="module")
+def engine(cache) -> Model:
+    """The smallest OPUS as an engine."""
+    return built(opus(), "aot", CAMERAS, cache)
+
+
+def equal_on_a_drive(eager: Model, other: Model, frames, within=1e-3):
+    """Frames of a drive, so that there is a memory: labels, scores and velocities are those of eager."""
+    mine, theirs = Stream(eager), Stream(other)
+    for f in frames:
+        expected, told = mine.step(f), theirs.step(f)
+        filled = (expected.labels != expected.classes.free) | (told.labels != told.classes.free)
+        assert filled.sum() > 20, "nothing is said: nothing is compared"
+        assert (expected.labels != told.labels).sum() <= within * filled.sum()
+        assert (expected.score - told.score).abs()[filled].mean() < within
+        assert (expected.flow - told.flow).abs()[filled].mean() < 10 * within
+        assert torch.equal(expected.unobserved, told.unobserved) or within > 1e-3
+    assert len(theirs.memory.lanes[0]) > 1
+
+
+# ---- what becomes a program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SMALL)
+def test_each_system_is_two_programs_that_say_what_it_says(system):
+    model = SMALL[system]()
+    parts = Parts.of(model.system, CAMERAS)
+    programs = {name: parts.program(name) for name in ("encoder", "decoder")}
+    made, difference = parts.compared({name: program.module() for name, program in programs.items()})
+    assert difference.mean < 1e-5, difference
+    equal_on_a_drive(model, replace(model, system=made), drive(4, every=0.5))
+
+
+@pytest.mark.parametrize("system", SMALL)
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_part_that_says_something_else_is_refused(system, part):
+    parts = Parts.of(SMALL[system]().system, CAMERAS)
+
+    def wrong(*inputs):
+        return {name: t * 1.01 if t.is_floating_point() else t for name, t in parts.modules[part](*inputs).items()}
+
+    with pytest.raises(Unfit, match="not what eager says"):
+        parts.compared({**parts.modules, part: wrong})
+    assert parts.compared(dict(parts.modules))[1] == Difference(0.0, 0.0)
+
+
+def test_an_output_of_nan_or_of_another_shape_is_never_equal():
+    ones = torch.ones(2, 3)
+    assert differ((None, ones), (None, ones)).mean == 0
+    assert differ((None, ones), (None, ones[:1])).mean == float("inf")
+    assert differ((None, ones), (None, ones / torch.tensor([1, 0, 1]) * torch.tensor([1, 0, 1]))).mean == float("inf")
+
+
+def test_rows_are_compared_by_their_places():
+    places, values = torch.tensor([[0, 1], [0, 5], [2, 2]]), torch.tensor([[1.0], [2.0], [3.0]])
+    order = torch.tensor([2, 0, 1])
+    assert differ((places, values), (places[order], values[order])) == Difference(0.0, 0.0)
+    assert differ((places, values), (places[order], values)).mean > 0.5
+    assert differ((places, values), (places[:2], values[:2])).mean == pytest.approx(0.5), "what one alone tells"
+    other = torch.tensor([[0, 1], [0, 5], [2, 3]])
+    assert differ((places, values), (other, values)).mean == pytest.approx(1.0)
+
+
+# ---- backends
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_engine_says_what_eager_says_over_a_drive(engine):
+    frames = drive(5, every=0.3)
+    frames[3] = frame(at=0.9, seed=3, x=3.6, yaw=0.09, used=[True, False, True])
+    equal_on_a_drive(opus(), engine, frames)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_second_start_builds_nothing(engine, cache, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, logger="occflow")
+    monkeypatch.setattr(backends, "build_aot", lambda *_: pytest.fail("it is built again"))
+    again = built(opus(), "aot", CAMERAS, cache)
+    assert caplog.messages == []
+    equal_on_a_drive(engine, again, drive(2, every=0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_engine_runs_without_the_models_python(engine, cache, tmp_path):
+    parts = engine.system.parts
+    pictures, used = parts.inputs["encoder"]
+    torch.save([pictures, used], tmp_path / "inputs.pt")
+    path = cache / key(known(opus(), "aot", CAMERAS)) / ("encoder" + ENGINE)
+    code = (
+        "import sys, torch; run = torch._inductor.aoti_load_package(sys.argv[1]);"
+        "torch.save(run(*torch.load(sys.argv[2]))['rows'], sys.argv[3]); assert 'occflow_core' not in sys.modules"
+    )
+    files = [str(path), str(tmp_path / "inputs.pt"), str(tmp_path / "rows.pt")]
+    subprocess.run([sys.executable, "-c", code, *files], check=True, cwd=tmp_path)
+    with torch.no_grad():
+        expected = parts.modules["encoder"](pictures, used)["rows"]
+    assert torch.allclose(torch.load(tmp_path / "rows.pt"), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_engine_of_something_else_in_its_place_is_built_again(engine, cache, tmp_path, monkeypatch, caplog):
+    """Even where manifest and digests agree: what it says decides."""
+    import shutil
+
+    caplog.set_level(logging.WARNING, logger="occflow")
+    other, mine = opus(seed=1), known(opus(), "aot", CAMERAS)
+    monkeypatch.setattr(backends, "known", lambda *_: mine)  # as if two weights had one key
+    copied, builds = tmp_path / "copied", []
+    shutil.copytree(cache, copied, copy_function=shutil.copy)
+    copied.chmod(0o700)
+    monkeypatch.setattr(backends, "build_aot", lambda parts, folder: builds.append(folder) or 1 / 0)
+    with pytest.raises(ValueError, match="division by zero"):
+        built(other, "aot", CAMERAS, copied)
+    assert len(builds) == 1 and "not what eager says" in caplog.text
+
+
+def test_a_clip_of_other_cameras_is_refused_in_one_sentence():
+    model = opus()
+    parts = Parts.of(model.system, CAMERAS)
+    stream = Stream(replace(model, system=Engine(parts, dict(parts.modules))))
+    with pytest.raises(ValueError, match=r"built for pictures \(1, 1, 3, 3, 64, 96\), got \(1, 1, 4, 3, 64, 96\)"):
+        stream.step(frame(n=4))
+
+
+@pytest.mark.big
+@pytest.mark.timeout(1200)
+def test_compiled_says_what_eager_says_over_a_drive():
+    model = opus()
+    made = built(model, "compiled", CAMERAS)
+    compiles = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    equal_on_a_drive(model, made, drive(4, every=0.5))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiles, "compiled again while driving"
+
+
+@pytest.mark.big
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("backend", ["aot", "compiled"])
+@pytest.mark.parametrize("name", ["opus-nano", "opus-demo", "opus-v2-nano", "sparseocc4d-nano"])
+def test_each_system_with_each_backend_says_what_eager_says(name, backend, tmp_path):
+    model = load(name)
+    made = built(model, backend, 6, tmp_path / "engines")
+    frames = drive(4, every=0.5, height=128, width=352, n=6)
+    equal_on_a_drive(model, made, frames, within=1e-2 if "sparse" in name else 1e-3)
+
+
+# ---- what cannot be had
+
+
+def test_what_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
+    model = opus()
+    assert built(model) is model is built(model, "eager", 99)
+    with pytest.raises(ValueError, match="backend must be one of eager, compiled, aot, tensorrt, got 'fast'"):
+        built(model, "fast")
+    with pytest.raises(ValueError, match="tensorrt needs an NVIDIA GPU, the model is on cpu"):
+        built(model, "tensorrt")
+    with pytest.raises(ValueError, match="opus-fusion-nano .* eager alone"):
+        built(load("opus-fusion-nano"), "aot")
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: 1 / 0)
+    with pytest.raises(ValueError, match="backend aot of opus-small on cpu: division by zero"):
+        built(model, "aot", CAMERAS, tmp_path)
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_tensorrt_is_asked_for_packages_and_compared_like_any_other(tmp_path, monkeypatch):
+    """There is no GPU here: what stands in for torch_tensorrt keeps the program as it is."""
+    asked = []
+
+    def save(module, path, output_format, arg_inputs, retrace):
+        assert output_format == "aot_inductor" and retrace and isinstance(module, nn.Module)
+        asked.append(path.rsplit("/")[-1])
+
+    compile_ = lambda program, arg_inputs: program.module()  # noqa: E731
+    fake = types.SimpleNamespace(dynamo=types.SimpleNamespace(compile=compile_), save=save)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", fake)
+    parts = Parts.of(opus().system, CAMERAS)
+    backends.build_tensorrt(parts, tmp_path)
+    assert asked == ["encoder.pt2", "decoder.pt2"]
+    with pytest.raises(Unfit, match="cannot be loaded"):
+        backends.loaded(parts, tmp_path, "tensorrt")
+
+
+# ---- the key
+
+
+def test_every_part_of_what_an_engine_is_built_from_changes_its_key(monkeypatch):
+    model = opus()
+    facts = known(model, "aot", CAMERAS)
+    assert key(facts) == key(known(opus(), "aot", CAMERAS)), "the same again"
+    others = [
+        known(opus(seed=1), "aot", CAMERAS),
+        known(replace(model, name="another"), "aot", CAMERAS),
+        known(replace(model, system=small.build(replace(BRIEF, threshold=0.6))), "aot", CAMERAS),
+        known(replace(model, system=small.build(replace(BRIEF, height=96))), "aot", CAMERAS),
+        known(model, "tensorrt", CAMERAS),
+        known(model, "aot", 4),
+    ]
+    for name, value in (
+        ("PRECISION", "bfloat16"),
+        ("_device", lambda _: "another GPU"),
+        ("_version", lambda package: "9.9" if package == "torch" else None),
+        ("_version", lambda package: "9.9" if package == "tensorrt" else torch.__version__),
+        ("_code", lambda: "mended"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, name, value)
+            others.append(known(model, "aot", CAMERAS))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX9000")
+        others.append(known(model, "aot", CAMERAS))
+    assert len({key(facts), *map(key, others)}) == 1 + len(others)
+
+
+def test_one_weight_is_enough_to_be_another_engine():
+    model = opus()
+    before = known(model, "aot", CAMERAS)["weights"]
+    with torch.no_grad():
+        model.system.layers[0].norm1.bias[3] += 1e-6
+    assert known(model, "aot", CAMERAS)["weights"] != before
+
+
+# ---- files
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_encoder_as_onnx_says_what_eager_says(tmp_path):
+    ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    model = opus()
+    said = export(model, tmp_path / "out", "onnx", CAMERAS)
+    assert "the encoder alone" in said and "largest difference" in said
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["encoder.onnx", "manifest.json"]
+    session = ort.InferenceSession(str(tmp_path / "out/encoder.onnx"))
+    images, used = frame(seed=7).images[None, None], torch.tensor([[[True, False, True]]])
+    (told,) = session.run(["rows"], {"images": images.numpy(), "used": used.numpy()})
+    with torch.no_grad():
+        expected = Parts.of(model.system, CAMERAS).modules["encoder"](images, used)["rows"]
+    assert torch.allclose(torch.from_numpy(told), expected, atol=1e-4)
+    with pytest.raises(ValueError, match="exists already"):
+        export(model, tmp_path / "out", "onnx", CAMERAS)
+
+
+def test_an_export_that_is_not_equal_leaves_nothing(tmp_path, monkeypatch):
+    from occflow_core.runtime import export as module
+
+    def wrong(parts, folder):
+        (folder / ("encoder" + ENGINE)).touch()
+
+    monkeypatch.setattr(module, "build_aot", wrong)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        export(opus(), tmp_path / "out", "aot", CAMERAS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_export_is_what_was_built_with_a_manifest(engine, cache, tmp_path, monkeypatch):
+    import json
+    import shutil
+
+    from occflow_core.runtime import export as module
+
+    facts = known(opus(), "aot", CAMERAS)
+
+    def copy(parts, folder):  # of the fixture's: one build is enough
+        for part in parts.modules:
+            shutil.copy(cache / key(facts) / (part + ENGINE), folder)
+
+    monkeypatch.setattr(module, "build_aot", copy)
+    said = export(opus(), tmp_path / "out", "aot", CAMERAS)
+    assert "encoder and decoder over made-up drives" in said and "decoder.pt2" in said
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["facts"]["weights"] == facts["weights"] and set(manifest["files"]) == {"encoder.pt2", "decoder.pt2"}
