@@ -32,7 +32,7 @@ from occflow_core.voxelflow import unpack
 
 from .ride import ALL, PERIOD, ROOT, STAGGER, Answer, Ride, environment
 
-MAIN = 60  # the first of the DDS domains in which the checks live, one each; the tests have theirs above 80
+MAIN = 60  # the DDS domains of the checks begin after it, one each; the tests' end before it, or begin at 80
 
 
 @dataclass(frozen=True)
