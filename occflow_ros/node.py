@@ -408,14 +408,15 @@ class OccupancyNode(LifecycleNode):
         self.health.image(name, now, stamp)
         lap = self._collector.lap
         replayed = clock / NANO if self.get_clock().ros_time_is_active else None
-        self._post(self._collector.add(camera, stamp, Shot(picture, known), now, replayed), now)
-        if self._collector.waiting and self._deadlines.is_canceled():
-            self._deadlines.reset()
+        sets = self._collector.add(camera, stamp, Shot(picture, known), now, replayed)
         if self._collector.lap != lap:
             self._transforms.turned_back(stamp)
             self._latest_set = None  # of the lap before: TF has no age beside it
             self.health.count("clock jumps")
             self._say("lap", "stamps went back: open sets and memory are forgotten, a new lap begins")
+        self._post(sets, now)
+        if self._collector.waiting and self._deadlines.is_canceled():
+            self._deadlines.reset()
 
     def _on_incompatible_qos(self, event, topic: str, ours: QoSProfile, sensor: str | None) -> None:
         """A publisher that DDS does not connect to us: without a word, its topic would be silent for ever."""
