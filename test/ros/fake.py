@@ -183,7 +183,7 @@ def mounting(name: str, lifted: float = 0.0):
 class Heard:
     messages: list = field(default_factory=list)  # VoxelFlow
     diagnostics: list = field(default_factory=list)  # DiagnosticArray
-    lines: list[str] = field(default_factory=list)  # what the node logs, as /rosout has it
+    lines: list[str] = field(default_factory=list)  # what the node logs
 
     @property
     def stamps(self) -> list[int]:
@@ -197,7 +197,6 @@ class Stage:
     def __init__(self, patch, domain: int, network: Network | None = None, names=CAMERAS, **parameters):
         import rclpy
         from diagnostic_msgs.msg import DiagnosticArray
-        from rcl_interfaces.msg import Log
         from rclpy.parameter import Parameter
 
         from occflow_ros import node
@@ -216,7 +215,7 @@ class Stage:
         self.listener = rclpy.create_node("listener", context=self.context)
         self.listen()
         self.listener.create_subscription(DiagnosticArray, "/diagnostics", self.heard.diagnostics.append, 100)
-        self.listener.create_subscription(Log, "/rosout", self._on_line, 100)
+        self._overhear()
         self.executor = rclpy.executors.SingleThreadedExecutor(context=self.context)
         for each in (self.node, self.car.node, self.listener):
             self.executor.add_node(each)
@@ -242,9 +241,24 @@ class Stage:
         self.until(lambda: all(self.node._calibrations) and self.node.get_clock().now().nanoseconds == self.stamp)
         return self
 
-    def _on_line(self, message) -> None:
-        if message.name == "occflow":
-            self.heard.lines.append(message.msg)
+    def _overhear(self) -> None:
+        """What the node logs, from its logger: /rosout is one a process for all nodes of one name."""
+        logger, lines = self.node.get_logger(), self.heard.lines
+        say = logger.info, logger.warning, logger.error
+
+        def info(sentence: str) -> None:  # a line of code may log at one level only, so each level has its own
+            lines.append(sentence)
+            say[0](sentence)
+
+        def warning(sentence: str) -> None:
+            lines.append(sentence)
+            say[1](sentence)
+
+        def error(sentence: str) -> None:
+            lines.append(sentence)
+            say[2](sentence)
+
+        logger.info, logger.warning, logger.error = info, warning, error
 
     @property
     def state(self) -> str:
