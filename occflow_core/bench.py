@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -174,6 +175,116 @@ def bench_model(
     }
 
 
+def bench_metrics(sets: int, device: str = "cpu") -> dict[str, Any]:
+    """What it costs to score one sample: a street in the Occ3D grid and a copy of it that is one voxel aside, rays from
+    8 origins. Stages, each in ms (p50, p95, p99):
+
+    mIoU; RayIoU: both volumes cast, 2 x 112,320 rays, and counted; mAVE: counted, from rays that were cast; all: the
+    three together, as `Scores.add` does it.
+    """
+    truth, prediction, origins = (part.to(device) for part in _street())
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    true, told = hits(truth, origins), hits(prediction, origins)
+    tallies = Miou(OPENOCC), RayIou(OPENOCC), FlowError(OPENOCC), Scores(OPENOCC)
+    miou, rayiou, flow, scores = tallies
+    work = {
+        "mIoU": lambda k: miou.add(k, prediction, truth),
+        "RayIoU": lambda k: rayiou.add(k, hits(prediction, origins), hits(truth, origins)),
+        "mAVE": lambda k: flow.add(k, told, true),
+        "all": lambda k: scores.add(k, prediction, truth, origins),
+    }
+    stages: dict[str, list[float]] = {name: [] for name in work}
+    for k in range(-3, sets):  # three to warm up
+        for name, add in work.items():
+            wait()
+            begun = time.perf_counter()
+            add(str(k))
+            wait()
+            if k >= 0:
+                stages[name].append(time.perf_counter() - begun)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # kB on Linux
+    threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+    return {
+        "what": f"scores of {sets} samples, {len(origins)} origins each, {threads}, process of {memory} MB at most",
+        "machine": machine(),
+        "ms": {name: _percentiles(seconds) for name, seconds in stages.items()},
+        "memory MB": memory,
+    }
+
+
+def _street() -> tuple[Occupancy, Prediction, torch.Tensor]:
+    """A road between pavements, houses with gaps, trees, cars that drive; the same one voxel ahead; 8 origins."""
+    labels = torch.full(OCC3D_GRID.shape, OPENOCC.free, dtype=torch.uint8)
+    flow = torch.zeros(*OCC3D_GRID.shape, 2)
+    labels[:, :, 2] = OPENOCC.id("sidewalk")
+    labels[:, 90:112, 2] = OPENOCC.id("driveable_surface")
+    for x in range(0, 200, 25):
+        labels[x : x + 20, 70:73, 2:14] = labels[x + 3 : x + 17, 130:133, 2:16] = OPENOCC.id("manmade")
+        labels[x + 10 : x + 14, 82:86, 5:12] = OPENOCC.id("vegetation")
+        labels[x + 6 : x + 17, 104:109, 3:7] = OPENOCC.id("car")
+        flow[x + 6 : x + 17, 104:109, 3:7] = torch.tensor([-8.0, 0.0])
+    aside = labels.roll(1, 0)
+    origins = torch.tensor([[4.0 * k - 14, 0.0, 1.84] for k in range(8)], dtype=torch.float64)
+    truth = Occupancy(OCC3D_GRID, OPENOCC, labels, flow, torch.ones_like(labels, dtype=torch.bool))
+    return truth, Prediction(OCC3D_GRID, OPENOCC, aside, (aside != OPENOCC.free).float(), flow.roll(1, 0)), origins
+
+
+def _read_pictures(folder: Path) -> list[tuple[bytes, tuple[int, int]]]:
+    import simplejpeg
+
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not 1 <= len(files) <= 8:
+        raise ValueError(f"{folder}: expected 1 to 8 JPEG files, one a camera, found {len(files)}")
+    datas = [path.read_bytes() for path in files]
+    jpegs = [(data, simplejpeg.decode_jpeg_header(data)[:2]) for data in datas]
+    if len({size for _, size in jpegs}) > 1:
+        raise ValueError(f"{folder}: the pictures differ in size: {sorted({size for _, size in jpegs})}")
+    return jpegs
+
+
+def _generated_pictures() -> list[tuple[bytes, tuple[int, int]]]:
+    """Six pictures as heavy as a camera's: smooth shapes under noise, about 150 kB each as JPEG."""
+    import cv2
+    import simplejpeg
+
+    rng = np.random.default_rng(0)
+    jpegs = []
+    for _ in range(6):
+        coarse = cv2.resize(rng.integers(0, 256, (30, 50, 3), np.uint8), (1600, 900), interpolation=cv2.INTER_CUBIC)
+        noisy = np.clip(coarse + rng.normal(0, 6, coarse.shape), 0, 255).astype(np.uint8)
+        jpegs.append((simplejpeg.encode_jpeg(noisy, quality=75), (900, 1600)))
+    return jpegs
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    return {f"p{p}": round(float(np.percentile(seconds, p)) * 1e3, 2) for p in (50, 95, 99)}
+
+
+def machine() -> str:
+    """Processor, cores and library versions: a figure without them is worth nothing."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, PyTorch {torch.__version__}"
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    lines = [figures["what"], figures["machine"], "", "| stage | p50 ms | p95 ms | p99 ms |", "|---|---|---|---|"]
+    lines += [f"| {name} | {ms['p50']} | {ms['p95']} | {ms['p99']} |" for name, ms in figures["ms"].items()]
+    return "\n".join(lines)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes beside and renames: nobody ever reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.replace(path)
+
+
 # ---- streams: models x backends x precisions x devices --------------------------------------------------------------
 
 PRECISIONS = ("float32", "bf16")
@@ -205,13 +316,15 @@ def bench_stream(
     from tqdm import tqdm
 
     from .data import pattern
-    from .runtime import load
+    from .runtime import Stream, load
     from .runtime.backends import Backend, check_backend, known
     from .runtime.cache import key
     from .runtime.load import parse
 
     if steps < 1:
         raise ValueError(f"bench: steps must be at least 1, got {steps}")
+    if not models:
+        raise ValueError("bench: name at least one model")
     for what, given, all_ in (("backend", backends, get_args(Backend)), ("precision", precisions, PRECISIONS)):
         for word in given:
             if word not in all_:
@@ -224,6 +337,7 @@ def bench_stream(
     longest = max(model.system.config.frames for model in loaded.values())
     height, width = PICTURE
     frames = list(pattern.drive(longest + steps + FEW, height=height, width=width, rate=2.0))
+    Stream(next(iter(loaded.values()))).warm_up(pattern.NAMES, height, width)  # else the first row pays for libraries
     kept = {} if out is None else _kept_rows(out)
     counts: dict[str, dict[str, float]] = {}
     figures = {
@@ -248,7 +362,7 @@ def bench_stream(
                     why = "only eager runs under autocast, engines are built in float32"
                 if why is not None:
                     raise ValueError(why)
-                there = load(model, device=device)
+                there = loaded[model] if device == "cpu" else load(model, device=device)
                 if backend != "eager":
                     check_backend(there, backend)
                 facts = known(there, backend, len(pattern.NAMES))
@@ -423,7 +537,7 @@ def _apart(exact, stream, frames: Sequence[Frame]) -> dict[str, float]:
     return {name: float(f"{value:.2e}") for name, value in found.items()}
 
 
-# ---- what a step counts, and the least time for it ----
+# ---- what a step counts, and the least time for it ------------------------------------------------------------------
 
 
 def counted(model, frames: Sequence[Frame]) -> dict[str, float]:
@@ -440,7 +554,7 @@ def counted(model, frames: Sequence[Frame]) -> dict[str, float]:
     """
     from .runtime.prepare import prepare
 
-    system = model.system
+    system = deepcopy(model.system).requires_grad_(False)  # the counter asks for gradients of what needs some
     config, memory, last = system.config, None, None
     for frame in frames[: config.frames]:
         frame = prepare(frame, config.height, config.width, model.resize)
@@ -541,7 +655,7 @@ def _floor(row: dict[str, Any], probes: dict[str, float], precision: str) -> dic
     return {"floor ms": round(floor, 3), "floor reached": round(floor / row["ms"]["network"]["p50"], 4)}
 
 
-# ---- memory and time of a device ----
+# ---- memory and time of a device ------------------------------------------------------------------------------------
 
 
 def _wait(device: str) -> Callable[[], None]:
@@ -619,113 +733,3 @@ def stream_table(figures: dict[str, Any]) -> str:
         "p50.",
     ]
     return "\n".join(lines)
-
-
-def bench_metrics(sets: int, device: str = "cpu") -> dict[str, Any]:
-    """What it costs to score one sample: a street in the Occ3D grid and a copy of it that is one voxel aside, rays from
-    8 origins. Stages, each in ms (p50, p95, p99):
-
-    mIoU; RayIoU: both volumes cast, 2 x 112,320 rays, and counted; mAVE: counted, from rays that were cast; all: the
-    three together, as `Scores.add` does it.
-    """
-    truth, prediction, origins = (part.to(device) for part in _street())
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    true, told = hits(truth, origins), hits(prediction, origins)
-    tallies = Miou(OPENOCC), RayIou(OPENOCC), FlowError(OPENOCC), Scores(OPENOCC)
-    miou, rayiou, flow, scores = tallies
-    work = {
-        "mIoU": lambda k: miou.add(k, prediction, truth),
-        "RayIoU": lambda k: rayiou.add(k, hits(prediction, origins), hits(truth, origins)),
-        "mAVE": lambda k: flow.add(k, told, true),
-        "all": lambda k: scores.add(k, prediction, truth, origins),
-    }
-    stages: dict[str, list[float]] = {name: [] for name in work}
-    for k in range(-3, sets):  # three to warm up
-        for name, add in work.items():
-            wait()
-            begun = time.perf_counter()
-            add(str(k))
-            wait()
-            if k >= 0:
-                stages[name].append(time.perf_counter() - begun)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # kB on Linux
-    threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
-    return {
-        "what": f"scores of {sets} samples, {len(origins)} origins each, {threads}, process of {memory} MB at most",
-        "machine": machine(),
-        "ms": {name: _percentiles(seconds) for name, seconds in stages.items()},
-        "memory MB": memory,
-    }
-
-
-def _street() -> tuple[Occupancy, Prediction, torch.Tensor]:
-    """A road between pavements, houses with gaps, trees, cars that drive; the same one voxel ahead; 8 origins."""
-    labels = torch.full(OCC3D_GRID.shape, OPENOCC.free, dtype=torch.uint8)
-    flow = torch.zeros(*OCC3D_GRID.shape, 2)
-    labels[:, :, 2] = OPENOCC.id("sidewalk")
-    labels[:, 90:112, 2] = OPENOCC.id("driveable_surface")
-    for x in range(0, 200, 25):
-        labels[x : x + 20, 70:73, 2:14] = labels[x + 3 : x + 17, 130:133, 2:16] = OPENOCC.id("manmade")
-        labels[x + 10 : x + 14, 82:86, 5:12] = OPENOCC.id("vegetation")
-        labels[x + 6 : x + 17, 104:109, 3:7] = OPENOCC.id("car")
-        flow[x + 6 : x + 17, 104:109, 3:7] = torch.tensor([-8.0, 0.0])
-    aside = labels.roll(1, 0)
-    origins = torch.tensor([[4.0 * k - 14, 0.0, 1.84] for k in range(8)], dtype=torch.float64)
-    truth = Occupancy(OCC3D_GRID, OPENOCC, labels, flow, torch.ones_like(labels, dtype=torch.bool))
-    return truth, Prediction(OCC3D_GRID, OPENOCC, aside, (aside != OPENOCC.free).float(), flow.roll(1, 0)), origins
-
-
-def _read_pictures(folder: Path) -> list[tuple[bytes, tuple[int, int]]]:
-    import simplejpeg
-
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))
-    if not 1 <= len(files) <= 8:
-        raise ValueError(f"{folder}: expected 1 to 8 JPEG files, one a camera, found {len(files)}")
-    datas = [path.read_bytes() for path in files]
-    jpegs = [(data, simplejpeg.decode_jpeg_header(data)[:2]) for data in datas]
-    if len({size for _, size in jpegs}) > 1:
-        raise ValueError(f"{folder}: the pictures differ in size: {sorted({size for _, size in jpegs})}")
-    return jpegs
-
-
-def _generated_pictures() -> list[tuple[bytes, tuple[int, int]]]:
-    """Six pictures as heavy as a camera's: smooth shapes under noise, about 150 kB each as JPEG."""
-    import cv2
-    import simplejpeg
-
-    rng = np.random.default_rng(0)
-    jpegs = []
-    for _ in range(6):
-        coarse = cv2.resize(rng.integers(0, 256, (30, 50, 3), np.uint8), (1600, 900), interpolation=cv2.INTER_CUBIC)
-        noisy = np.clip(coarse + rng.normal(0, 6, coarse.shape), 0, 255).astype(np.uint8)
-        jpegs.append((simplejpeg.encode_jpeg(noisy, quality=75), (900, 1600)))
-    return jpegs
-
-
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    return {f"p{p}": round(float(np.percentile(seconds, p)) * 1e3, 2) for p in (50, 95, 99)}
-
-
-def machine() -> str:
-    """Processor, cores and library versions: a figure without them is worth nothing."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, PyTorch {torch.__version__}"
-
-
-def table(figures: dict[str, Any]) -> str:
-    """The figures as a Markdown table."""
-    lines = [figures["what"], figures["machine"], "", "| stage | p50 ms | p95 ms | p99 ms |", "|---|---|---|---|"]
-    lines += [f"| {name} | {ms['p50']} | {ms['p95']} | {ms['p99']} |" for name, ms in figures["ms"].items()]
-    return "\n".join(lines)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes beside and renames: nobody ever reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.replace(path)

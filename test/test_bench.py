@@ -5,14 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from systems import small
+from systems import small, small_sparse, small_v2
 from torch.nn import functional as F
 
-from occflow_core import bench, ops
+from occflow_core import bench, ops, runtime
 from occflow_core.cli import main
-from occflow_core.runtime import load
+from occflow_core.runtime import Model, load
+from occflow_core.runtime.backends import Engine, Parts
 from occflow_core.runtime.stream import Stream
 from occflow_core.systems.opus import Opus
+from occflow_core.systems.sparseocc import SparseOcc4D
 
 STEPS = 2
 
@@ -83,6 +85,18 @@ def test_a_step_counts_all_weights_the_new_pictures_and_at_most_the_rows_of_its_
     assert weights + pictures < counts["MB"] * 1e6 <= weights + pictures + window + 1e3
     encoder = bench.counted(load("opus-least"), frames[:1])["GFLOP"]
     assert counts["GFLOP"] == encoder, "a step encodes its own pictures alone, however full its memory is"
+
+
+@pytest.mark.parametrize(
+    "made", [small_v2.build, lambda: SparseOcc4D(small_sparse.CONFIG).eval()], ids=["v2", "sparse"]
+)
+def test_every_kind_of_network_is_counted(made):
+    model = Model(made(), "small", False, "fast", None)
+    weights = 4 * sum(p.numel() for p in model.system.parameters())
+    counts = bench.counted(model, list(bench_frames(1)))
+    assert counts["GFLOP"] > 0 and counts["MB"] * 1e6 > weights
+    said = Stream(replace(model, system=bench.Autocast(model.system))).step(*bench_frames(1))
+    assert said.score.dtype == torch.float32
 
 
 def bench_frames(count):
@@ -156,6 +170,21 @@ def test_half_precision_is_measured_against_float32_on_the_same_drive(figures):
     assert 0 <= half["labels mean"] <= half["labels largest"] < 0.5
     same = bench._apart(Stream(load("opus-least")), Stream(load("opus-least")), list(bench_frames(2)))
     assert set(same.values()) == {0.0}
+
+
+def test_an_engine_has_a_row_of_its_own_without_a_whole_window(monkeypatch):
+    def built(model, backend, cameras):
+        parts = Parts.of(model.system, cameras)
+        return replace(model, system=Engine(parts, parts.modules))  # as an engine, but nothing is compiled
+
+    monkeypatch.setattr(runtime, "built", built)
+    monkeypatch.setattr(bench, "probed", lambda *_: {"float32": 100.0, "GB/s": 20.0})
+    made = bench.bench_stream(1, ["opus-least"], ["eager", "aot"], ["float32"])
+    eager, engine = made["rows"]
+    assert engine["why"] is None and engine["window"] is None
+    assert set(engine["from float32"].values()) == {0.0}
+    assert (engine["GFLOP"], engine["MB"]) == (eager["GFLOP"], eager["MB"])
+    assert "| opus-least (untrained) | aot | float32 | cpu |" in bench.stream_table(made)
 
 
 def test_a_run_that_was_cut_off_keeps_its_rows_and_a_finished_one_is_measured_anew(tmp_path, monkeypatch):
