@@ -267,7 +267,14 @@ def bench(
         write_json(out, figures)
 
 
-def _bench_stream(steps, models, backends, precisions, devices, out: Path | None) -> None:
+def _bench_stream(
+    steps: int,
+    models: tuple[str, ...],
+    backends: tuple[str, ...],
+    precisions: tuple[str, ...],
+    devices: tuple[str, ...],
+    out: Path | None,
+) -> None:
     import torch
 
     from .bench import PRECISIONS, bench_stream, stream_table
