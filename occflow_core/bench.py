@@ -1,20 +1,30 @@
 """Timings. What is measured here is printed with the machine it ran on; nothing is asserted."""
 
+import ctypes
+import gc
+import itertools
 import json
 import os
 import platform
 import resource
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean, median
+from typing import Any, get_args
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from .geometry import OCC3D_GRID, rigid
 from .metrics import FlowError, Miou, RayIou, Scores, hits
-from .types import OPENOCC, Occupancy, Prediction
+from .types import OPENOCC, Clip, Frame, Occupancy, Prediction
 
 
 def bench_node(sets: int, pictures: Path | None = None) -> dict[str, Any]:
@@ -273,3 +283,453 @@ def write_json(path: Path, content: Any) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(content, indent=2) + "\n")
     beside.replace(path)
+
+
+# ---- streams: models x backends x precisions x devices --------------------------------------------------------------
+
+PRECISIONS = ("float32", "bf16")
+PICTURE = (198, 352)  # pixels, as in the demo's recording
+FEW = 3  # steps that are also computed from their whole window
+STAGES = ("prepare", "network", "voxels", "visibility", "total")
+CANNOT = (ValueError, RuntimeError, ArithmeticError, MemoryError, ImportError)  # what ends a row, not the table
+
+
+def bench_stream(
+    steps: int,
+    models: Sequence[str],
+    backends: Sequence[str] = ("eager",),
+    precisions: Sequence[str] = PRECISIONS,
+    devices: Sequence[str] = ("cpu",),
+    out: Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """What `runtime.Stream` costs a step, along the drawn drive at 2 Hz, a row for each combination.
+
+    A row: ms of each stage (p50, p95, p99), steps a second, peak memory, how many times longer the network takes where
+    it is given its whole window each time, what a step counts (`counted`) and the least time for that on this machine
+    (`probed`), and how far it is from eager in float32. Where a combination cannot be had the row says why. Each is
+    measured after as many steps as its window has.
+
+    out: the figures as JSON, written after each row. Rows of a file that was not finished are kept where all that they
+    depend on is the same; a finished file is measured anew. ValueError for words that are not known.
+    """
+    from tqdm import tqdm
+
+    from .data import pattern
+    from .runtime import Stream, load
+    from .runtime.backends import Backend, check_backend, known
+    from .runtime.cache import key
+    from .runtime.load import parse
+
+    if steps < 1:
+        raise ValueError(f"bench: steps must be at least 1, got {steps}")
+    if not models:
+        raise ValueError("bench: name at least one model")
+    for what, given, all_ in (("backend", backends, get_args(Backend)), ("precision", precisions, PRECISIONS)):
+        for word in given:
+            if word not in all_:
+                raise ValueError(f"bench: {what} must be one of {', '.join(all_)}, got {word!r}")
+    for model in models:
+        parse(model)
+    for device in devices:
+        _absent(device)
+    loaded = {model: load(model) for model in dict.fromkeys(models)}
+    longest = max(model.system.config.frames for model in loaded.values())
+    height, width = PICTURE
+    frames = list(pattern.drive(longest + steps + FEW, height=height, width=width, rate=2.0))
+    Stream(next(iter(loaded.values()))).warm_up(pattern.NAMES, height, width)  # else the first row pays for libraries
+    kept = {} if out is None else _kept_rows(out)
+    counts: dict[str, dict[str, float]] = {}
+    figures = {
+        "what": f"streams, {steps} steps of six {width} x {height} pictures at 2 Hz, {torch.get_num_threads()} threads",
+        "machine": machine(),
+        "finished": False,
+        "probes": {device: probed(device, precisions) for device in devices if _absent(device) is None},
+        "rows": [],
+    }
+    combinations = list(itertools.product(loaded, devices, backends, precisions))
+    with tqdm(total=len(combinations) * steps, unit="step", disable=None if progress else True) as bar:
+        for model, device, backend, precision in combinations:
+            name = loaded[model].name
+            row = {"model": name, "backend": backend, "precision": precision, "device": device, "why": None}
+
+            def say(word: str, row=row) -> None:
+                bar.set_description(f"{row['model']} {row['backend']} {row['precision']} {row['device']}: {word}")
+
+            try:
+                why = _absent(device)
+                if why is None and precision != "float32" and backend != "eager":
+                    why = "only eager runs under autocast, engines are built in float32"
+                if why is not None:
+                    raise ValueError(why)
+                there = loaded[model] if device == "cpu" else load(model, device=device)
+                if backend != "eager":
+                    check_backend(there, backend)
+                facts = known(there, backend, len(pattern.NAMES))
+                del there  # what it takes is not the row's
+                facts |= {"autocast": precision, "steps": steps, "on": [figures["machine"], figures["what"]]}
+                row["key"] = key(facts)
+                if row["key"] in kept:
+                    row = kept[row["key"]]
+                else:
+                    say("counting")
+                    if model not in counts:
+                        counts[model] = counted(loaded[model], _with_points(loaded[model], frames))
+                    row |= _measured(model, device, backend, precision, frames, steps, bar.update, say)
+                    row |= counts[model]
+                row |= _floor(row, figures["probes"][device], precision)
+            except CANNOT as problem:
+                row["why"] = (str(problem).strip() or repr(problem)).splitlines()[0]
+            figures["rows"].append(row)
+            bar.update(len(figures["rows"]) * steps - bar.n)
+            figures["finished"] = len(figures["rows"]) == len(combinations)
+            if out is not None:
+                write_json(out, figures)
+    return figures
+
+
+def _absent(device: str) -> str | None:
+    """Why there is no such device here; None where there is one. ValueError for words that name none."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        kind = None
+    if kind is None or kind.type not in ("cpu", "cuda"):
+        raise ValueError(f"bench: devices are cpu, cuda, cuda:1 and so on, got {device!r}")
+    there = 1 if kind.type == "cpu" else torch.cuda.device_count()
+    return None if (kind.index or 0) < there else f"PyTorch sees no {device} here"
+
+
+def _kept_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows that a run which was cut off has measured, by their key."""
+    try:
+        told = json.loads(path.read_text())
+        rows = [] if told["finished"] else [row for row in told["rows"] if row["why"] is None]
+        return {row["key"]: row for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or of something else
+        return {}
+
+
+class Autocast(nn.Module):
+    """A system whose network runs under autocast in bfloat16; what it says is float32 again."""
+
+    def __init__(self, system: nn.Module):
+        super().__init__()
+        self.system, self.config, self.decode = system, system.config, system.decode
+
+    def forward(self, clip: Clip, memory: Any | None) -> tuple[Any, Any]:
+        with torch.autocast(clip.images.device.type, torch.bfloat16):
+            output, memory = self.system(clip, memory)
+        return _float32(output), memory
+
+
+def _float32(value: Any) -> Any:
+    """Tensors of half precision in dataclasses and sequences as float32; all else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype == torch.bfloat16 else value
+    if is_dataclass(value):
+        return replace(value, **{f.name: _float32(getattr(value, f.name)) for f in fields(value)})
+    return type(value)(map(_float32, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _with_points(model, frames: Sequence[Frame]) -> list[Frame]:
+    """The frames with a made-up LiDAR scan, where the model takes one."""
+    from .runtime.stream import made_up_points
+
+    config = model.system.config
+    points = made_up_points(config) if config.sweeps else None
+    return [replace(frame, points=points) for frame in frames]
+
+
+def _measured(
+    word: str,
+    device: str,
+    backend: str,
+    precision: str,
+    frames: Sequence[Frame],
+    steps: int,
+    done: Callable[[int], Any],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What one combination costs, and how far it is from eager in float32."""
+    from .data import pattern
+    from .runtime import Stream, built, load
+
+    before = _memory_begins(device)
+    model = load(word, device=device)
+    if backend != "eager":
+        say("built or found")
+        model = built(model, backend, cameras=len(pattern.NAMES))
+    if precision == "bf16":
+        model = replace(model, system=Autocast(model.system).eval())
+    warm_up = model.system.config.frames
+    frames = _with_points(model, frames)[: warm_up + steps + FEW]
+    stream, stages = Stream(model), {name: [] for name in STAGES}
+    say("warming up")
+    for k, frame in enumerate(frames[: warm_up + steps]):
+        if k == warm_up:
+            say("streaming")
+            _forget_peak(device)
+        stream.step(frame)
+        for name, seconds in stream.seconds.items() if k >= warm_up else ():
+            stages[name].append(seconds)
+        if k >= warm_up:
+            done(1)
+    memory = _memory_peak(device, before)
+    stages["total"] = [sum(parts) for parts in zip(*(stages[name] for name in STAGES[:-1]), strict=True)]
+    told = {
+        "ms": {name: _percentiles(seconds) for name, seconds in stages.items()},
+        "steps/s": round(steps / sum(stages["total"]), 2),
+        "memory MB": memory,
+        "window": None,
+        "from float32": None,
+    }
+    if backend == "eager":  # an engine is made for one instant
+        say("from its whole window")
+        told["window"] = _recomputed(stream, frames, told["ms"]["network"]["p50"])
+    if (backend, precision) != ("eager", "float32"):
+        say("compared")
+        told["from float32"] = _apart(Stream(load(word, device=device)), Stream(model), frames[: warm_up + FEW])
+    return told
+
+
+@torch.inference_mode()
+def _recomputed(stream, frames: Sequence[Frame], p50: float) -> dict[str, float]:
+    """The last FEW frames, each also from its whole window as one clip. ms: median of the network, with its encoder for
+    all instants; times: as many as a streaming step's p50; labels differ: share of filled voxels that it calls
+    something else than the stream does."""
+    from .runtime.prepare import prepare
+
+    model, seconds, apart = stream.model, [], []
+    system, wait = model.system, _wait(str(model.device))
+    config = system.config
+    for k in range(len(frames) - FEW, len(frames)):
+        told = stream.step(frames[k])
+        window = [prepare(f, config.height, config.width, model.resize) for f in frames[k - config.frames + 1 : k + 1]]
+        begun = time.perf_counter()
+        output, _ = system(Clip.of(window[::-1]).to(model.device), None)
+        wait()
+        seconds.append(time.perf_counter() - begun)
+        apart.append(_labels_and_scores(told, system.decode(output)[0].to("cpu"))[0])
+    ms = round(median(seconds) * 1e3, 2)
+    return {"ms": ms, "times": round(ms / p50, 2), "labels differ": float(f"{fmean(apart):.2e}")}
+
+
+def _labels_and_scores(one: Prediction, other: Prediction) -> tuple[float, float, float]:
+    """Over voxels that either fills: share with another label; largest and mean difference of scores."""
+    filled = (one.labels != one.classes.free) | (other.labels != other.classes.free)
+    if not filled.any():
+        return 0.0, 0.0, 0.0
+    scores = (one.score.float() - other.score.float())[filled].abs()
+    return float((one.labels != other.labels)[filled].float().mean()), float(scores.max()), float(scores.mean())
+
+
+def _apart(exact, stream, frames: Sequence[Frame]) -> dict[str, float]:
+    """Two streams along the same frames: the share of labels that differ, its mean over the steps and its largest, and
+    of scores the mean and largest difference; each over voxels that either fills."""
+    shares, largest, means = zip(*(_labels_and_scores(exact.step(f), stream.step(f)) for f in frames), strict=True)
+    found = {
+        "labels mean": fmean(shares),
+        "labels largest": max(shares),
+        "scores mean": fmean(means),
+        "scores largest": max(largest),
+    }
+    return {name: float(f"{value:.2e}") for name, value in found.items()}
+
+
+# ---- what a step counts, and the least time for it ------------------------------------------------------------------
+
+
+def counted(model, frames: Sequence[Frame]) -> dict[str, float]:
+    """GFLOP and MB of the network in one streaming step that has its whole window, counted on the CPU in float32.
+
+    Operations: products of matrices, convolutions and attention, two a multiplication and addition. Not: what is done
+    number by number, norms, sampling, distances, the making of voxels, what the cameras observe.
+
+    Bytes: all weights once; each row of features that a point looks up once, though several layers look and many points
+    share it; the pictures that are new. Not: what layers write and read again between each other, the program itself.
+    So it is what even a network of one kernel would have to fetch, if nothing of it were in a cache.
+
+    model: eager, on the CPU. frames: at least `config.frames` of them.
+    """
+    from .runtime.prepare import prepare
+
+    system = deepcopy(model.system).requires_grad_(False)  # the counter asks for gradients of what needs some
+    config, memory, last = system.config, None, None
+    for frame in frames[: config.frames]:
+        frame = prepare(frame, config.height, config.width, model.resize)
+        clip = Clip.of(frame, after=last)
+        with torch.inference_mode(), Work() as work:  # the last one is told
+            _, memory = system(clip, memory)
+        last = frame
+    weights = sum(p.numel() * p.element_size() for p in system.parameters())
+    return {
+        "GFLOP": round(work.operations / 1e9, 3),
+        "MB": round((weights + work.rows + last.images.numel()) / 1e6, 3),
+    }
+
+
+class Work:
+    """Counts what runs inside, on the CPU: `operations` (FLOP), and `rows`, bytes of the features that are sampled."""
+
+    def __enter__(self) -> "Work":
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter knows those of GPUs only
+        self._rows, self._flops = _Rows(), FlopCounterMode(display=False, custom_mapping={attention: _attention})
+        self._rows.__enter__()
+        self._flops.__enter__()  # inside: it takes apart what inference mode leaves whole
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self._flops.__exit__(*problem)
+        self._rows.__exit__(*problem)
+        self.operations, self.rows = self._flops.get_total_flops(), self._rows.bytes()
+
+
+def _attention(query, key, value, *_, out_shape=None, **__) -> int:
+    """Of shapes (B, heads, Q, C): products with keys, then with values."""
+    batch, heads, queries, channels = query
+    return 2 * batch * heads * queries * key[2] * (channels + value[3])
+
+
+class _Rows(TorchDispatchMode):
+    """Which rows of tables are looked up with a share that is not zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.met: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by its address: table, which of its rows
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func in (aten._embedding_bag.default, aten._embedding_bag_forward_only.default):
+            table, index, shares = args[0], args[1], args[6]
+            index = index.flatten()[shares.flatten() != 0].long()
+            _, rows = self.met.setdefault(table.data_ptr(), (table, torch.zeros(len(table), dtype=torch.bool)))
+            rows[index] = True
+        return func(*args, **(kwargs or {}))
+
+    def bytes(self) -> int:
+        return sum(int(rows.sum()) * table.shape[1] * table.element_size() for table, rows in self.met.values())
+
+
+def probed(device: str, precisions: Sequence[str] = PRECISIONS) -> dict[str, float]:
+    """What a device does at best, of a short try: GFLOP/s of a product of square matrices, by precision, and "GB/s",
+    read and written, of a copy that no cache holds.
+
+    On a GPU float32 goes through TF32 where PyTorch lets convolutions do so.
+    """
+    gpu = torch.device(device).type == "cuda"
+    told, matmul = {}, torch.backends.cuda.matmul
+    edge, size = (8192, 2**30) if gpu else (1024, 2**28)
+    before, matmul.allow_tf32 = matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        for precision in precisions:
+            kind = torch.bfloat16 if precision == "bf16" else torch.float32
+            a = torch.full((edge, edge), 0.5, dtype=kind, device=device)
+            given = torch.empty_like(a)
+            told[precision] = round(2e-9 * edge**3 / _least(lambda a=a, to=given: torch.mm(a, a, out=to), device), 1)
+    finally:
+        matmul.allow_tf32 = before
+    a = torch.ones(size, dtype=torch.uint8, device=device)
+    b = torch.ones_like(a)
+    return told | {"GB/s": round(2e-9 * size / _least(lambda: b.copy_(a), device), 2)}
+
+
+def _least(work: Callable[[], Any], device: str, seconds: float = 0.3) -> float:
+    """s of the fastest of the runs that fit into a time, after one that does not count."""
+    wait, found = _wait(device), []
+    work()
+    wait()
+    end = time.perf_counter() + seconds
+    while not found or time.perf_counter() < end:
+        begun = time.perf_counter()
+        work()
+        wait()
+        found.append(time.perf_counter() - begun)
+    return min(found)
+
+
+def _floor(row: dict[str, Any], probes: dict[str, float], precision: str) -> dict[str, float]:
+    """The least ms for what is counted: operations at the peak or bytes at the bandwidth, whichever is longer; and its
+    share of what the network takes. (Kernels that multiply less than counted, as Winograd's, may be below it.)"""
+    floor = max(row["GFLOP"] / probes[precision], row["MB"] / 1e3 / probes["GB/s"]) * 1e3
+    return {"floor ms": round(floor, 3), "floor reached": round(floor / row["ms"]["network"]["p50"], 4)}
+
+
+# ---- memory and time of a device ------------------------------------------------------------------------------------
+
+
+def _wait(device: str) -> Callable[[], None]:
+    """Until the device has done what it was told."""
+    return (lambda: torch.cuda.synchronize(device)) if torch.device(device).type == "cuda" else lambda: None
+
+
+def _memory_begins(device: str) -> float | None:
+    """MB before a model is loaded: what was let go is given back first, as far as that can be had."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        return 0.0
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
+    return _resident("VmRSS")
+
+
+def _forget_peak(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is that from now on
+
+
+def _memory_peak(device: str, before: float | None) -> float | None:
+    """MB: on a GPU the most that tensors took, on the CPU by how much the process grew (what compiled an engine in it
+    counts); None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    peak = _resident("VmHWM")
+    return None if peak is None or before is None else round(peak - before, 1)
+
+
+def _resident(field: str) -> float | None:
+    """MB, of /proc/self/status."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(field + ":")]
+    return int(found[0]) * 1024 / 1e6 if found else None
+
+
+def stream_table(figures: dict[str, Any]) -> str:
+    """The figures of `bench_stream` as a Markdown table, with what they mean below."""
+    names = ["model", "backend", "precision", "device", *(f"{stage} ms" for stage in STAGES), "steps/s", "memory MB"]
+    names += ["whole window", "GFLOP", "MB", "floor ms", "floor reached", "note"]
+    lines = [figures["what"], figures["machine"], "", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for row in figures["rows"]:
+        cells = [row[name] for name in names[:4]]
+        if row["why"] is not None:
+            cells += ["–"] * (len(names) - 5) + [row["why"]]
+        else:
+            cells += [" / ".join(str(ms) for ms in row["ms"][stage].values()) for stage in STAGES]
+            window, apart = row["window"], row["from float32"]
+            cells += [row["steps/s"], row["memory MB"], None if window is None else f"{window['times']} x"]
+            cells += [row["GFLOP"], row["MB"], row["floor ms"], f"{100 * row['floor reached']:.3g} %"]
+            note = ""
+            if apart is not None:
+                labels = f"labels {100 * apart['labels mean']:.3g} % (at most {100 * apart['labels largest']:.3g} %)"
+                note = f"from eager float32: {labels}, scores {apart['scores mean']:g} (at most "
+                note += f"{apart['scores largest']:g})"
+            cells.append(note)
+        lines.append("| " + " | ".join("–" if cell is None else str(cell) for cell in cells) + " |")
+    lines.append("")
+    for device, probes in figures["probes"].items():
+        peaks = ", ".join(f"{probes[p]} GFLOP/s in {p}" for p in PRECISIONS if p in probes)
+        lines.append(f"{device}, tried before: {peaks}, {probes['GB/s']} GB/s read and written by a copy.")
+    lines += [
+        "Stages: p50 / p95 / p99. Whole window: the network's time where it is given all its instants at each step, in "
+        "streaming steps.",
+        "Floor: GFLOP at that rate or MB at that bandwidth, whichever is longer; reached: its share of the network's "
+        "p50.",
+    ]
+    return "\n".join(lines)

@@ -202,11 +202,12 @@ def export(
 
 def bench(
     what: Annotated[
-        Literal["node", "model", "metrics"],
-        "node: what the node costs beside the network; model: a network; metrics: what it costs to score a sample",
+        Literal["node", "model", "metrics", "stream"],
+        "node: what the node costs beside the network; model: a network; metrics: what it costs to score a sample; "
+        "stream: models x backends x precisions x devices, beside the least that this machine needs",
     ],
     /,
-    sets: Annotated[int, "camera sets or samples to measure"] = 100,
+    sets: Annotated[int | None, "node, model, metrics: camera sets or samples to measure; without: 100"] = None,
     pictures: Annotated[
         Path | None, "node: folder with one JPEG a camera; without: generated pictures of 1600 x 900"
     ] = None,
@@ -216,22 +217,41 @@ def bench(
     backend: Annotated[
         Literal["eager", "compiled", "aot", "tensorrt"] | None, "model: what runs it; without: eager"
     ] = None,
-    out: Annotated[Path | None, "also write the figures there as JSON"] = None,
+    steps: Annotated[int | None, "stream: steps to measure of each; without: 30"] = None,
+    models: Annotated[tuple[str, ...], "stream: their names; without: opus-demo"] = (),
+    backends: Annotated[tuple[str, ...], "stream: of eager, compiled, aot, tensorrt; without: eager"] = (),
+    precisions: Annotated[tuple[str, ...], "stream: of float32, bf16 (autocast, eager alone); without: both"] = (),
+    devices: Annotated[tuple[str, ...], "stream: e.g. cpu cuda; without: the CPU, and a GPU if there is one"] = (),
+    out: Annotated[
+        Path | None, "also write the figures there as JSON; stream: after each row, and goes on where it was cut off"
+    ] = None,
 ) -> None:
     """Timings on this machine, as a table and as JSON."""
     from .bench import bench_metrics, bench_model, bench_node, table
 
     takers = {
+        "sets": ("node", "model", "metrics"),
         "pictures": ("node",),
         "model": ("model",),
         "weights": ("model",),
         "device": ("model", "metrics"),
         "backend": ("model",),
+        "steps": ("stream",),
+        "models": ("stream",),
+        "backends": ("stream",),
+        "precisions": ("stream",),
+        "devices": ("stream",),
     }
-    options = {"pictures": pictures, "model": model, "weights": weights, "device": device, "backend": backend}
+    options = {"sets": sets, "pictures": pictures, "model": model, "weights": weights, "device": device}
+    options |= {"backend": backend, "steps": steps, "models": models, "backends": backends}
+    options |= {"precisions": precisions, "devices": devices}
     for option, given in options.items():
-        if given is not None and what not in takers[option]:
+        if given not in (None, ()) and what not in takers[option]:
             raise ValueError(f"bench: --{option} is for {' and '.join(takers[option])}, not for {what}")
+    if what == "stream":
+        _bench_stream(30 if steps is None else steps, models, backends, precisions, devices, out)
+        return
+    sets = 100 if sets is None else sets
     if sets < 1:
         raise ValueError(f"bench: --sets must be at least 1, got {sets}")
     if what == "node":
@@ -245,6 +265,23 @@ def bench(
         from .bench import write_json
 
         write_json(out, figures)
+
+
+def _bench_stream(
+    steps: int,
+    models: tuple[str, ...],
+    backends: tuple[str, ...],
+    precisions: tuple[str, ...],
+    devices: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    import torch
+
+    from .bench import PRECISIONS, bench_stream, stream_table
+
+    there = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    words = (models or ("opus-demo",), backends or ("eager",), precisions or PRECISIONS, devices or there)
+    print(stream_table(bench_stream(steps, *words, out, progress=True)))
 
 
 def evaluate(
@@ -359,7 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for function in SUBCOMMANDS.values():
             _show_sentences(function)
-        for option in ("--set", "--camera", "--info"):
+        for option in ("--set", "--camera", "--info", "--models", "--backends", "--precisions", "--devices"):
             given = gathered(given, option)
         tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, prog="occflow", args=given)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as problem:
