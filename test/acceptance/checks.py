@@ -111,10 +111,14 @@ def _observed(answers: list[Answer], voxels: np.ndarray, of: Callable) -> float:
 
 
 def random_loss(domain: int = MAIN + 2, sweeps: int = 720, share: float = 0.01) -> Outcome:
-    """Each image is lost with this probability; cameras trigger in turn, as nuScenes' do."""
+    """Each image is lost with this probability; cameras trigger in turn, as nuScenes' do.
+
+    A partial set leaves together with the next one, and while the network has one of the two in hand a third would push
+    the other out: the coarsest voxels, so that sets and not voxels are what is measured.
+    """
     random = np.random.default_rng(0)
     losses = random.random((sweeps, len(CAMERAS))) < share
-    with Ride(domain, coarser=4, stagger=STAGGER) as ride:
+    with Ride(domain, coarser=8, stagger=STAGGER) as ride:
         newest = ride.drive(sweeps, lost=lambda sweep, name: bool(losses[sweep, CAMERAS.index(name)]))
         ride.spin(1.5)
         answers, last, told = ride.answers, ride.stamp, ride.status()[2]
@@ -130,6 +134,7 @@ def random_loss(domain: int = MAIN + 2, sweeps: int = 720, share: float = 0.01) 
         "sweeps without an image": int(losses.all(1).sum()),
         "messages": len(answers),
         "sweeps answered": len(answered),
+        "unanswered": sorted({*range(sweeps)} - answered),
         "mixed": mixed,
         "complete": sum(a.used == ALL for a in answers),
         "counted by the node": {k: v for k, v in told.items() if k.startswith("sets ")},
