@@ -252,6 +252,9 @@ class OccupancyNode(LifecycleNode):
         self._deadlines = self.create_timer(s.set_deadline / POLLS, self._guarded(self._poll), clock=steady)
         self._deadlines.cancel()
         self._activated.append((self.destroy_timer, self._deadlines))
+        # what is there now stays: a full collection that walks all of PyTorch holds everything up for a set or two
+        gc.collect()
+        gc.freeze()
         self._worker.start()
         self.health.activate(self._tick())
         scans = "" if self._scans is None else f", for scans on {s.lidar_topic}"
@@ -708,6 +711,7 @@ def _qos(depth: int, reliable: bool) -> QoSProfile:
 
 def _free() -> None:
     """Gives memory that nobody holds back to the device: other processes share it."""
+    gc.unfreeze()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
