@@ -8,6 +8,7 @@ are never mixed. The cost of an image is O(open sets). Who wants complete sets o
 """
 
 import threading
+from abc import ABC, abstractmethod
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -60,7 +61,7 @@ class _Open:
     stamps: dict[int, int]
 
 
-class Gatherer:
+class Gatherer(ABC):
     """What all who put images of several cameras into sets share: offsets, laps, counts of what was dropped, and sets
     that go forward. One caller at a time."""
 
@@ -116,12 +117,13 @@ class Gatherer:
         self.lap += 1
         self._newest, self._told = [None] * self.cameras, None
 
+    @abstractmethod
     def _place(self, camera: int, reference: int, stamp: int, picture: Any, now: float, clock: float) -> list[ImageSet]:
-        raise NotImplementedError
+        """Puts an image where it belongs; gives the sets that leave because of it."""
 
+    @abstractmethod
     def _forget(self) -> list[int]:
         """Drops all images that wait; gives the camera of each."""
-        raise NotImplementedError
 
     def _drop(self, camera: int, reason: str) -> list[ImageSet]:
         self.dropped[camera, reason] += 1

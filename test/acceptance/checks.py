@@ -24,9 +24,8 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import torch
-from ros.fake import CAMERAS, FOCAL, HEIGHT, WIDTH, mounting
+from ros.fake import CAMERAS, HEIGHT, WIDTH, seen_by_one_alone
 
-from occflow_core.geometry import Grid
 from occflow_core.types import NANO
 from occflow_core.voxelflow import unpack
 
@@ -60,7 +59,7 @@ def dead_camera(domain: int = MAIN + 1, cameras: Sequence[str] = CAMERAS, dead: 
             ride.spin(0.5)
             partial = [a for a in ride.answers if a.stamp in gone]
             full = [there.index(a.stamp) + 1 for a in ride.answers if a.stamp in there and a.used == ALL]
-            alone = seen_by_one_alone(unpack(ride.answers[-1].message).grid, camera)
+            alone = seen_by_one_alone(camera, unpack(ride.answers[-1].message).grid)
             figures[camera] = {
                 "sets of sweeps": round(len(partial) / dead, 3),
                 "masks right": all(a.used == ALL & ~bit for a in partial),
@@ -81,27 +80,6 @@ def dead_camera(domain: int = MAIN + 1, cameras: Sequence[str] = CAMERAS, dead: 
     return Outcome(ours, least >= 0.95 and masks and leaked == 0 and known > 0.5 and again <= 2, figures)
 
 
-def seen_by_one_alone(grid: Grid, camera: str) -> np.ndarray:
-    """(X, Y, Z) bool: voxels of which a part may be in this camera's picture and no part in any other's, by geometry:
-    the centre within its frustum, and for each other camera all eight corners beyond one plane of its frustum."""
-    centres = grid.centres(torch.float64).reshape(-1, 3)
-    half = torch.tensor(grid.voxel, dtype=torch.float64) / 2
-    signs = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=torch.float64)
-    corners = centres[:, None] + signs * half
-    alone = (_inside(camera, centres) > 0).all(-1)
-    for other in set(CAMERAS) - {camera}:
-        alone &= (_inside(other, corners) < 0).all(1).any(-1)
-    return alone.reshape(grid.shape).numpy()
-
-
-def _inside(camera: str, points: torch.Tensor) -> torch.Tensor:
-    """(..., 5): positive inside of the frustum's left, right, upper and lower plane, and in front."""
-    to = torch.linalg.inv(mounting(camera))
-    x, y, z = (points @ to[:3, :3].T + to[:3, 3]).unbind(-1)
-    across, up = WIDTH / 2 / FOCAL, HEIGHT / 2 / FOCAL
-    return torch.stack([x + across * z, across * z - x, y + up * z, up * z - y, z], -1)
-
-
 def _observed(answers: list[Answer], voxels: np.ndarray, of: Callable) -> float:
     """The share of voxels that a message calls observed, of the message with the most."""
     return of((float((~unpack(a.message).unobserved.numpy()[voxels]).mean()) for a in answers), default=0.0)
@@ -110,11 +88,12 @@ def _observed(answers: list[Answer], voxels: np.ndarray, of: Callable) -> float:
 # ---- 2 random loss
 
 
-def random_loss(domain: int = MAIN + 2, sweeps: int = 720, share: float = 0.01) -> Outcome:
+def random_loss(domain: int = MAIN + 2, sweeps: int = 720, share: float = 0.01, spared: int = 0) -> Outcome:
     """Each image is lost with this probability; cameras trigger in turn, as nuScenes' do.
 
     A partial set leaves together with the next one, and while the network has one of the two in hand a third would push
-    the other out: the coarsest voxels, so that sets and not voxels are what is measured.
+    the other out: the coarsest voxels, so that sets and not voxels are what is measured. `spared`: sweeps that a busy
+    machine may leave unanswered.
     """
     random = np.random.default_rng(0)
     losses = random.random((sweeps, len(CAMERAS))) < share
@@ -143,7 +122,8 @@ def random_loss(domain: int = MAIN + 2, sweeps: int = 720, share: float = 0.01) 
         f"{len(answered)} of {len(newest)} sweeps answered ({figures['complete']} complete, "
         f"{len(answers) - figures['complete']} partial), {mixed} mixed; {figures['images lost']} images lost"
     )
-    return Outcome(ours, len(answered) == len(newest) == len(answers) and mixed == 0, figures)
+    enough = len(answered) >= len(newest) - spared and len(answers) == len(answered)
+    return Outcome(ours, enough and mixed == 0, figures)
 
 
 # ---- 3 laps
@@ -556,9 +536,9 @@ def interrupted(domain: int = MAIN + 13, delay: float = 2.0, bound: float = 5.0)
 # ---- 15 soak
 
 
-def soak(domain: int = MAIN + 15, sets: int = 10_000, growth: float = 0.01) -> Outcome:
+def soak(domain: int = MAIN + 15, sets: int = 10_000, growth: float = 0.01, spared: int = 10) -> Outcome:
     """As many sets as fast as the node answers; the first tenth warms up. RSS: medians of the first and last tenth of
-    what follows."""
+    what follows. `spared`: sets that a busy machine may leave unanswered."""
     page, resident = os.sysconf("SC_PAGE_SIZE"), []
     with Ride(domain, coarser=4) as ride:
         statm = Path(f"/proc/{ride.process.pid}/statm")
@@ -588,7 +568,7 @@ def soak(domain: int = MAIN + 15, sets: int = 10_000, growth: float = 0.01) -> O
         f"{sets} sets at {sets / took:.0f} a second, {lost} unanswered: RSS {first:.1f} MB after the first tenth, "
         f"{last:.1f} MB at the end ({last / first - 1:+.2%})"
     )
-    return Outcome(ours, last / first - 1 <= growth and lost <= sets / 1000 and exit_code == 0, figures)
+    return Outcome(ours, last / first - 1 <= growth and lost <= spared and exit_code == 0, figures)
 
 
 # ---- 16 a slow subscriber

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 
 import cv2
 import numpy as np
@@ -58,9 +59,10 @@ class Network(nn.Module):
         self.used: list[list[bool]] = []  # the cameras of every step
 
     def forward(self, clip, memory):
-        time.sleep(self.delay)  # as a GPU does: other threads go on
+        real = bool(clip.images.any())  # the warm-up's pictures are black
+        time.sleep(self.delay if real else 0.0)  # as a GPU does: other threads go on
         self.used.append(clip.used[0, 0].tolist())
-        if self.failures and clip.images.any():
+        if self.failures and real:
             raise self.failures.popleft()
         steps = 0 if bool(clip.fresh) else memory + 1
         output = torch.full((1,), float(steps))
@@ -176,6 +178,25 @@ def mounting(name: str, lifted: float = 0.0):
     return rigid.from_quaternion([np.cos(half), 0.0, 0.0, np.sin(half)], place) @ body_from_optical
 
 
+def seen_by_one_alone(camera: str, grid: Grid) -> torch.Tensor:
+    """(X, Y, Z) bool: voxels whose centre this camera sees and of which no part is in any other's picture: all eight
+    corners lie beyond one plane of its frustum."""
+    centres = grid.centres(torch.float64)
+    signs = torch.tensor(list(product((-0.5, 0.5), repeat=3)), dtype=torch.float64)
+    corners = centres[..., None, :] + signs * torch.tensor(grid.voxel, dtype=torch.float64)
+    alone = (_inside(camera, centres) > 0).all(-1)
+    for other in set(CAMERAS) - {camera}:
+        alone &= (_inside(other, corners) < 0).all(-2).any(-1)
+    return alone
+
+
+def _inside(camera: str, points: torch.Tensor) -> torch.Tensor:
+    """Points (..., 3) -> (..., 5): positive inside of the frustum's left, right, upper, lower and near plane."""
+    x, y, z = rigid.apply(rigid.inverse(mounting(camera)), points.reshape(-1, 3)).reshape(points.shape).unbind(-1)
+    across, up = WIDTH / 2 / FOCAL, HEIGHT / 2 / FOCAL
+    return torch.stack([x + across * z, across * z - x, y + up * z, up * z - y, z], -1)
+
+
 # ---- both, and one who listens
 
 
@@ -286,6 +307,12 @@ class Stage:
         from occflow_msgs.msg import VoxelFlow
 
         self.listener.create_subscription(VoxelFlow, "/occflow/occupancy", self.heard.messages.append, 100)
+
+    def deafen(self) -> None:
+        """The listener stops listening to the output."""
+        for subscription in [s for s in self.listener.subscriptions if s.topic_name == "/occflow/occupancy"]:
+            self.listener.destroy_subscription(subscription)
+        self.until(lambda: not self.node._out.get_subscription_count())
 
     def connected(self) -> None:
         publishers = [*self.car.images.values(), *self.car.infos.values(), self.car.tf, self.car.tf_static]

@@ -5,12 +5,12 @@ the test's. Faults of engine files are with the backends; more of the collector'
 """
 
 import gc
-import itertools
 import math
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -26,9 +26,8 @@ from rclpy.lifecycle import TransitionCallbackReturn as Result  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from ros import fake  # noqa: E402
-from ros.fake import CAMERAS, Stage, mounting  # noqa: E402
+from ros.fake import CAMERAS, Stage, mounting, seen_by_one_alone  # noqa: E402
 
-from occflow_core.geometry import Cameras  # noqa: E402
 from occflow_core.types import NANO  # noqa: E402
 from occflow_core.voxelflow import unpack  # noqa: E402
 from occflow_ros.health import ERROR, OK, WARN  # noqa: E402
@@ -63,22 +62,6 @@ def memory(message) -> int:
     return len(message.index) - 1
 
 
-def only_seen_by(name: str) -> torch.Tensor:
-    """(X, Y, Z) bool: voxels whose centre this camera sees, and of which the others see nothing."""
-    grid = fake.Config().grid
-    k = torch.tensor(
-        [[fake.FOCAL, 0, fake.WIDTH / 2], [0, fake.FOCAL, fake.HEIGHT / 2], [0, 0, 1]], dtype=torch.float64
-    )
-    poses = torch.stack([mounting(camera) for camera in CAMERAS])
-    cameras = Cameras(k.expand(6, 3, 3), poses, fake.HEIGHT, fake.WIDTH)
-    centres, own = grid.centres().double().reshape(1, -1, 3), CAMERAS.index(name)
-    others = torch.zeros(centres.shape[1], dtype=torch.bool)
-    for corner in itertools.product((-0.3, 0.3), repeat=3):  # a ray that touches a voxel observes it
-        sees = cameras.sees((centres + torch.tensor(corner)).expand(6, -1, 3))
-        others |= sees[[i for i in range(6) if i != own]].any(0)
-    return (cameras.sees(centres.expand(6, -1, 3))[own] & ~others).reshape(grid.shape)
-
-
 def level(stage, name: str) -> int:
     return stage.status(name)[0]
 
@@ -89,7 +72,7 @@ def level(stage, name: str) -> int:
 def test_one_camera_stops(stage):
     before = stage.answer()
     assert before.cameras_used == ALL
-    own = only_seen_by("cam_back")
+    own = seen_by_one_alone("cam_back", fake.Config().grid)
     assert own.sum() > 1000
     # what the picture's crop leaves out is not looked at by anybody
     looked_at = own & ~unpack(before).unobserved
@@ -199,11 +182,13 @@ def test_the_clock_is_turned_back(stage):
         last = stage.answer()
     assert memory(last) == 2
     stage.car.sweep(stage.stamp + NANO // 10, without=["cam_back"])  # an open set of the old lap
+    stage.node._transforms.add("base_link", "trailer", stage.stamp, mounting("trailer"), static=False)
     stage.stamp -= 60 * NANO
     first = stage.answer()
     assert memory(first) == 0 and first.cameras_used == ALL, "the first set of the new lap, with no memory of the old"
     assert memory(stage.answer()) == 1
     stage.until(lambda: stage.said("stamps went back"))
+    assert not stage.node._transforms.joined("base_link", "trailer"), "what was said of the old lap is forgotten"
     assert stage.node.health.counts()["clock jumps"] == 1, "static transforms were kept: nothing had to be sent again"
 
 
@@ -371,7 +356,7 @@ def test_a_camera_info_that_changes_is_taken_and_memory_forgotten(stage):
     message = stage.answer()
     assert message.cameras_used == ALL and memory(message) == 0
     assert stage.node.health.counts()["intrinsics changed"] == 1
-    far = only_seen_by("cam_back")
+    far = seen_by_one_alone("cam_back", fake.Config().grid)
     assert unpack(message).unobserved[far].float().mean() > 0.3, "it sees half as wide"
 
 
@@ -590,6 +575,13 @@ def test_a_subscriber_whose_qos_does_not_fit(stage):
         stage.node.set_parameters([Parameter("reliable_output", value=True)])
 
 
+@pytest.mark.parametrize("depth", [1, 7])
+def test_images_wait_in_a_queue_as_deep_as_asked(stage, depth):
+    stage.again(image_depth=depth)
+    images = [s for s in stage.node.subscriptions if s.topic_name.endswith("/image_raw/compressed")]
+    assert len(images) == 6 and {s.qos_profile.depth for s in images} == {depth}
+
+
 def test_best_effort_outputs_where_asked(stage):
     from occflow_msgs.msg import VoxelFlow
 
@@ -626,15 +618,25 @@ def test_two_publishers_on_one_topic(stage):
     stage.until(lambda: level(stage, "cam_front") == OK)
 
 
+def test_nobody_listens_and_the_network_is_to_run_all_the_same(stage):
+    stage.again(lazy=False)
+    stage.answer()
+    asked = len(stage.network.used)
+    stage.deafen()
+    stage.drive(3)
+    stage.until(lambda: len(stage.network.used) == asked + 3)
+    stage.listen()
+
+
 def test_nobody_listens(stage):
     stage.answer()
     asked = len(stage.network.used)
-    occupancy = next(s for s in stage.listener.subscriptions if s.topic_name == "/occflow/occupancy")
-    stage.listener.destroy_subscription(occupancy)
-    stage.until(lambda: not stage.node._out.get_subscription_count())
+    stage.deafen()
     stage.drive(10)
     assert len(stage.network.used) == asked, "no work for nobody"
     stage.until(lambda: stage.status()[:2] == (OK, "idle: nobody listens") and level(stage, "cam_back") == OK)
+    stage.drive(25, without=["cam_back"])
+    stage.until(lambda: level(stage, "cam_back") == ERROR)  # a dead camera is one, whoever listens
     stage.listen()
     stage.until(stage.node._out.get_subscription_count)
     assert stage.answer().cameras_used == ALL
@@ -691,8 +693,10 @@ def test_what_was_taken_is_given_back(stage):
     node = stage.node
     taken = [weakref.ref(thing) for thing in (node._stream, node._model)]
     others = [weakref.ref(thing) for thing in (node._watches[0], node._mailbox, node._worker, node._collector)]
+    assert gc.get_freeze_count() > 10_000, "a full collection would walk all of it while sets wait"
     node.trigger_deactivate()
     gc.collect()
+    assert gc.get_freeze_count() == 0
     assert [ref() for ref in taken] == [None, None], "an inactive node keeps no model"
     node.trigger_cleanup()
     gc.collect()
@@ -708,6 +712,7 @@ class Process:
 
     def __init__(self, stage, delay: float = 0.0, failures: int = 0):
         self.stage = stage
+        stage.processes.append(self)
         environment = {
             **os.environ,
             "ROS_DOMAIN_ID": str(DOMAIN),
@@ -716,7 +721,12 @@ class Process:
             "FAKE_FAILURES": str(failures),
         }
         command = [sys.executable, fake.__file__, "--ros-args", "-p", "use_sim_time:=true"]
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as this
+        self.process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=subprocess.STDOUT)
+
+    def said(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
 
     def drive_until_answered(self, seconds: float = 60.0) -> None:
         stage, end, begun = self.stage, time.monotonic() + seconds, self.stage.stamp
@@ -728,19 +738,23 @@ class Process:
             for name in CAMERAS:
                 stage.car.info(name)
             stage.drive(1)
-        assert answered()
+        assert answered(), self.end(signal.SIGKILL)[1]
 
     def end(self, word: int) -> tuple[int, str]:
         self.process.send_signal(word)
-        said, _ = self.process.communicate(timeout=20)
-        return self.process.returncode, said.decode()
+        return self.process.wait(timeout=30), self.said()
 
 
 @pytest.fixture
 def alone(stage):
-    """The stage without its own node: another process is the node."""
+    """The stage without its own node: another process is the node, and ends with the test, however that ends."""
     stage.unconfigure()
-    return stage
+    stage.processes = []
+    yield stage
+    for each in stage.processes:
+        if each.process.poll() is None:
+            each.process.kill()
+            each.process.wait()
 
 
 def test_the_node_is_killed_and_started_again(alone):
@@ -775,3 +789,14 @@ def test_it_is_stopped_while_the_network_thinks(alone, word):
     code, said = node.end(word)
     assert code == 0 and "Traceback" not in said, said
     assert time.monotonic() - began < 10
+
+
+def test_a_worker_that_hangs_does_not_keep_the_process(alone):
+    node = Process(alone, delay=600.0)
+    alone.until(lambda: "active: waiting for images" in node.said(), 60.0)
+    for _ in range(10):
+        for name in CAMERAS:
+            alone.car.info(name)
+        alone.drive(1)
+    code, said = node.end(signal.SIGINT)
+    assert code == 1 and "cannot be stopped" in said, said

@@ -98,6 +98,16 @@ def test_a_set_that_nobody_listens_to_is_as_good_as_an_output_and_is_not_asked_f
     assert health.report(7.0)[0].level == ERROR
 
 
+def test_counts_go_on_over_activations_though_each_has_a_collector_of_its_own():
+    health = active()
+    health.collected(Counter({(0, "late"): 3, (None, "too few cameras"): 2}))
+    health.collected(Counter({(0, "late"): 5, (None, "too few cameras"): 2}))
+    health.activate(1.0)
+    health.collected(Counter({(0, "late"): 1, (None, "too few cameras"): 1}))
+    whole, first, _ = health.report(1.0)
+    assert first.values["dropped: late"] == 6 and whole.values["sets dropped: too few cameras"] == 3
+
+
 def test_what_the_node_cannot_go_on_with_is_an_error_whatever_else_is_true():
     health = running()
     health.fail("out of memory twice in a row")

@@ -143,13 +143,14 @@ def test_an_engine_runs_without_the_models_python(engine, cache, tmp_path):
     path = cache / key(known(opus(), "aot", CAMERAS)) / ("encoder" + ENGINE)
     code = (
         "import sys, torch; run = torch._inductor.aoti_load_package(sys.argv[1]);"
-        "torch.save(run(*torch.load(sys.argv[2]))['rows'], sys.argv[3]); assert 'occflow_core' not in sys.modules"
+        "torch.save(run(*torch.load(sys.argv[2], weights_only=True))['rows'], sys.argv[3]);"
+        "assert 'occflow_core' not in sys.modules"
     )
     files = [str(path), str(tmp_path / "inputs.pt"), str(tmp_path / "rows.pt")]
     subprocess.run([sys.executable, "-c", code, *files], check=True, cwd=tmp_path)
     with torch.no_grad():
         expected = parts.modules["encoder"](pictures, used)["rows"]
-    assert torch.allclose(torch.load(tmp_path / "rows.pt"), expected, atol=1e-4)
+    assert torch.allclose(torch.load(tmp_path / "rows.pt", weights_only=True), expected, atol=1e-4)
 
 
 @pytest.mark.slow
