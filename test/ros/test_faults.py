@@ -529,24 +529,6 @@ def test_the_network_is_slower_than_the_cameras(stage):
 # ---- ROS
 
 
-def test_a_subscriber_that_does_not_read_blocks_nothing(stage):
-    script = (
-        "import rclpy; from occflow_msgs.msg import VoxelFlow; rclpy.init(); node = rclpy.create_node('deaf'); "
-        "node.create_subscription(VoxelFlow, '/occflow/occupancy', lambda _: None, 1); rclpy.spin(node)"
-    )
-    here = {**os.environ, "ROS_DOMAIN_ID": str(DOMAIN), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
-    deaf = subprocess.Popen([sys.executable, "-c", script], env=here)
-    try:
-        stage.until(lambda: stage.node._out.get_subscription_count() == 2)
-        deaf.send_signal(signal.SIGSTOP)
-        for _ in range(40):  # 80 kB each: more than a subscriber's buffers take
-            stage.answer()
-        assert stage.node.health.latencies_ms()["publish"]["p99"] < 100
-    finally:
-        deaf.kill()
-        deaf.wait()
-
-
 def test_a_publisher_whose_qos_does_not_fit(stage):
     from sensor_msgs.msg import CompressedImage
 
@@ -793,10 +775,32 @@ def test_it_is_stopped_while_the_network_thinks(alone, word):
 
 def test_a_worker_that_hangs_does_not_keep_the_process(alone):
     node = Process(alone, delay=600.0)
-    alone.until(lambda: "active: waiting for images" in node.said(), 60.0)
-    for _ in range(10):
+    end = time.monotonic() + 60
+    while int(alone.status()[2].get("sets complete", 0)) == 0 and time.monotonic() < end:
         for name in CAMERAS:
             alone.car.info(name)
         alone.drive(1)
     code, said = node.end(signal.SIGINT)
     assert code == 1 and "cannot be stopped" in said, said
+
+
+# ---- the last one: what a killed reader did not read stays in Fast DDS's shared memory, and then this process may
+# not be found by anybody new (half the times that was tried; never by UDP alone)
+
+
+def test_a_subscriber_that_does_not_read_blocks_nothing(stage):
+    script = (
+        "import rclpy; from occflow_msgs.msg import VoxelFlow; rclpy.init(); node = rclpy.create_node('deaf'); "
+        "node.create_subscription(VoxelFlow, '/occflow/occupancy', lambda _: None, 1); rclpy.spin(node)"
+    )
+    here = {**os.environ, "ROS_DOMAIN_ID": str(DOMAIN), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+    deaf = subprocess.Popen([sys.executable, "-c", script], env=here)
+    try:
+        stage.until(lambda: stage.node._out.get_subscription_count() == 2)
+        deaf.send_signal(signal.SIGSTOP)
+        for _ in range(40):  # 80 kB each: more than a subscriber's buffers take
+            stage.answer()
+        assert stage.node.health.latencies_ms()["publish"]["p99"] < 100
+    finally:
+        deaf.kill()
+        deaf.wait()
