@@ -7,13 +7,15 @@ images and starts the worker; deactivate and cleanup give back what the two took
 """
 
 import gc
+import logging
 import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import rclpy
@@ -74,8 +76,8 @@ class Letter:
 
 
 class OccupancyNode(LifecycleNode):
-    """Six cameras (and a LiDAR, where the model needs one) in, `~/occupancy`, `~/points`, `~/markers` and
-    `/diagnostics` out."""
+    """Six cameras (and a LiDAR, where the model needs one) in, `~/occupancy`, `~/points`, `~/markers`, `~/heartbeat`
+    and `/diagnostics` out."""
 
     def __init__(self, **arguments):
         super().__init__("occflow", **arguments)
@@ -210,7 +212,8 @@ class OccupancyNode(LifecycleNode):
         """The model, warm: what can fail for want of memory fails here, not at the first set."""
         s = self.settings
         model = load(s.model, s.weights or None, device=_device(s.device))
-        self._model = built(model, s.backend, len(s.cameras))
+        with _retold(self.get_logger()):
+            self._model = built(model, s.backend, len(s.cameras))
         self._stream = Stream(self._model, longest_gap=s.longest_gap)
         self._stream.warm_up(s.cameras)
 
@@ -707,6 +710,35 @@ def _word(value) -> str:
 def _qos(depth: int, reliable: bool) -> QoSProfile:
     kind = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
     return QoSProfile(depth=depth, reliability=kind)
+
+
+class _Retold(logging.Handler):
+    """Says in a node's log what the library says."""
+
+    def __init__(self, logger):
+        super().__init__(logging.INFO)
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sentence = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self._logger.warning(sentence)
+        else:
+            self._logger.info(sentence)
+
+
+@contextmanager
+def _retold(logger) -> Iterator[None]:
+    """While engines are built or found: which, for how long, and why one that was there did not do."""
+    library, handler = logging.getLogger("occflow"), _Retold(logger)
+    before = library.level
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        library.setLevel(before)
+        library.removeHandler(handler)
 
 
 def _free() -> None:

@@ -24,11 +24,10 @@ from occflow_core.systems.base import seeded
 from occflow_core.systems.sparseocc import SparseOcc4D
 
 CAMERAS = 3
-BRIEF = replace(small.CONFIG, refines=(8,), frames=2, levels=2, look=8)  # each layer takes compilers several seconds
 
 
 def opus(seed=0) -> Model:
-    system = small.build(BRIEF, seed)
+    system = small.build(small.BRIEF, seed)
     with torch.no_grad():  # else what an unused camera sees is zero even where it is looked into
         for convolution in system.neck.output:
             convolution.bias += 0.5
@@ -246,8 +245,8 @@ def test_every_part_of_what_an_engine_is_built_from_changes_its_key(monkeypatch)
     others = [
         known(opus(seed=1), "aot", CAMERAS),
         known(replace(model, name="another"), "aot", CAMERAS),
-        known(replace(model, system=small.build(replace(BRIEF, threshold=0.6))), "aot", CAMERAS),
-        known(replace(model, system=small.build(replace(BRIEF, height=96))), "aot", CAMERAS),
+        known(replace(model, system=small.build(replace(small.BRIEF, threshold=0.6))), "aot", CAMERAS),
+        known(replace(model, system=small.build(replace(small.BRIEF, height=96))), "aot", CAMERAS),
         known(model, "tensorrt", CAMERAS),
         known(model, "aot", 4),
     ]

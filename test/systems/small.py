@@ -26,6 +26,7 @@ CONFIG = opus.Config(
     as_published=False,
     grid=Grid((-12.0, -10.0, -1.0), (1.0, 1.0, 0.8), (24, 20, 8)),
 )
+BRIEF = replace(CONFIG, refines=(8,), frames=2, levels=2, look=8)  # for compilers, which take seconds a layer
 NORMS = ("norm1", "norm2", "norm3")
 PUBLISHED = replace(CONFIG, flow=False, as_published=True)
 
