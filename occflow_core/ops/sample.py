@@ -6,15 +6,18 @@ of a group, Q queries, S points of a query's group.
 Each point is looked up in one camera per time, the first (in camera order) whose picture holds it, bilinearly in every
 level, and the levels are averaged by the point's own weights (arXiv 2308.09244, section 3.3, and 2409.09350).
 
-What is written here is the definition, on any device; on a GPU `sample_triton` does the same in one kernel.
+What is written here is the definition, on any device. Where no gradient is asked for, `sample_numba` does the same on
+the CPU about ten times as fast; on a GPU `sample_triton` does it in one kernel, with gradients.
 """
 
 import itertools
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import gpu
 
@@ -131,11 +134,26 @@ def _neighbours(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _fast(rows: Sequence[Sequence[Tensor]], pixels_from_now: Tensor, points: Tensor, weights: Tensor):
     """The file whose `sample` is made for such tensors, or None where the definition runs."""
-    if not gpu.serves(points.device) or pixels_from_now.requires_grad:
+    given = (*itertools.chain(*rows), pixels_from_now, points, weights)
+    if {t.dtype for t in given} not in ({torch.float32}, {torch.float64}):
         return None
-    kinds = {t.dtype for t in (*itertools.chain(*rows), pixels_from_now, points, weights)}
-    if kinds not in ({torch.float32}, {torch.float64}):
+    if points.device.type == "cpu":
+        # who traces or counts operations sees none in a compiled loop
+        watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+        moves = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        return None if watched or moves else _numba()
+    if not gpu.serves(points.device) or pixels_from_now.requires_grad:
         return None
     from . import sample_triton
 
     return sample_triton
+
+
+@cache
+def _numba():
+    """The compiled loop, or None where numba is not installed."""
+    try:
+        from . import sample_numba
+    except ImportError:
+        return None
+    return sample_numba

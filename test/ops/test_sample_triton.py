@@ -183,5 +183,5 @@ def test_the_kernels_are_chosen_for_one_kind_of_numbers_on_a_gpu_and_for_nothing
         return home._fast([[row]], SimpleNamespace(dtype=others, requires_grad=moves), other, other)
 
     assert {chosen(), chosen(rows=torch.float64, others=torch.float64)} == {kernels}
-    assert {chosen("cpu"), chosen(rows=torch.float16), chosen(moves=True)} == {None}
+    assert {chosen("meta"), chosen(rows=torch.float16), chosen(moves=True)} == {None}
     assert chosen(rows=torch.float16, others=torch.float16) is None
