@@ -23,7 +23,7 @@ help:  ## this list
 setup:  ## make .venv with everything: PyTorch, ROS 2, our messages, the test tools
 	@$(PYTHON) tools/setup.py test
 
-demo:  ## six recorded cameras through the real node over ROS 2; pictures and numbers in out/demo
+demo:  ## six cameras of a synthetic street through the real node over ROS 2; pictures and numbers in out/demo
 	@$(PYTHON) tools/setup.py run
 	$(VENV)/bin/occflow demo $(ARGS)
 

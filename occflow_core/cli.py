@@ -286,7 +286,7 @@ def _bench_stream(
 
 def evaluate(
     recipe: Annotated[str, "name of a recipe: which model and data"],
-    checkpoint: Annotated[Path | None, "its weights; without: the baselines alone"] = None,
+    checkpoint: Annotated[Path | None, "its weights; without: what --against or --make-average asks for alone"] = None,
     /,
     set: Annotated[tuple[str, ...], "field=value of the recipe, e.g. data.root=/data/nuscenes"] = (),
     scene: Annotated[tuple[str, ...], "only these; without: the recipe's validation split"] = (),
@@ -357,7 +357,7 @@ def demo(
     seconds: Annotated[float, "length of the drive"] = 10.0,
     rate: Annotated[float, "speed of the replay"] = 1.0,
 ) -> None:
-    """Drives the real node over ROS 2 through a recorded bag and keeps what it says."""
+    """Drives the real node over ROS 2 through a synthetic street and keeps what it says."""
     from .demo import run
 
     print(run(out, seconds, rate))

@@ -73,7 +73,7 @@ CHECKS = (
     ),
     Check(
         "7",
-        "network three times slower than the cameras: age at most a set's time + 1 period, no growth",
+        "network three times slower than the cameras: p99 of the age at most a set's time + 1 period, no growth",
         "Autoware #6575: 24 ms grew to 116 for good",
         checks.overload,
     ),
