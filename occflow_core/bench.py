@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -120,6 +121,7 @@ class _Still:
 
     def __init__(self, prediction: Prediction):
         self.prediction, self.seconds = prediction, {}
+        self.model = SimpleNamespace(device=torch.device("cpu"))
 
     def step(self, frame) -> Prediction:
         return self.prediction

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Cameras, Grid, rigid
+from .transfer import sent
 
 NANO = 1_000_000_000  # stamps are integer nanoseconds; differences become seconds
 
@@ -97,7 +98,7 @@ class Frame:
     and each camera's `car_from_camera` includes the car's motion between that camera's own stamp and `stamp`.
     """
 
-    images: Tensor  # (N, 3, H, W) uint8 RGB, at camera size or the network's; black where not used
+    images: Tensor  # (N, 3, H, W) uint8 RGB, at camera size or the network's, on any device; black where not used
     cameras: Cameras  # (N), float64, true for these pixels
     used: Tensor  # (N,) bool: cameras that are really in this frame
     stamps: Tensor  # (N,) int64 ns, each camera's own; where not used: `stamp`
@@ -218,8 +219,16 @@ class Clip:
         )
 
     def to(self, device) -> "Clip":
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "points"}
-        return replace(self, **moved, points=None if self.points is None else tuple(p.to(device) for p in self.points))
+        """On a device; but `age`, `since_last` and `fresh` stay: they decide which instants are looked at, and the host
+        would have to wait until it could read them back."""
+        cameras = replace(
+            self.cameras,
+            pixels_from_camera=sent(self.cameras.pixels_from_camera, device),
+            car_from_camera=sent(self.cameras.car_from_camera, device),
+        )
+        names = ("images", "used", "now_from_then", "now_from_last")
+        points = None if self.points is None else tuple(sent(p, device) for p in self.points)
+        return replace(self, cameras=cameras, points=points, **{n: sent(getattr(self, n), device) for n in names})
 
 
 @dataclass(frozen=True)

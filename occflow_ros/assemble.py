@@ -435,7 +435,7 @@ class Shot:
 def frame_of(
     images: ImageSet,  # of Shots
     names: Sequence[str],
-    pictures: np.ndarray,  # (N, H, W, 3) uint8 RGB, black where there is no image
+    pictures: torch.Tensor,  # (N, H, W, 3) uint8 RGB, black where there is no image
     mounts: Sequence[torch.Tensor | None],  # base_from_camera at each camera's stamp
     poses: Sequence[torch.Tensor | None],  # world_from_base at each camera's stamp
     world_from_car: torch.Tensor,  # (4, 4) float64 at the set's stamp
@@ -456,7 +456,7 @@ def frame_of(
             intrinsics.append(torch.eye(3, dtype=torch.float64))
             extrinsics.append(torch.eye(4, dtype=torch.float64))
     return Frame(
-        images=torch.from_numpy(pictures).permute(0, 3, 1, 2),
+        images=pictures.permute(0, 3, 1, 2),
         cameras=Cameras(torch.stack(intrinsics), torch.stack(extrinsics), pictures.shape[1], pictures.shape[2]),
         used=used,
         stamps=torch.tensor([images.stamp if s is None else s for s in images.stamps]),

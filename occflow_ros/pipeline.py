@@ -15,6 +15,7 @@ from occflow_core.geometry import rigid
 from occflow_core.pointcloud import Scan, together
 from occflow_core.runtime import Stream
 from occflow_core.runtime.prepare import Rectifier, Resizer
+from occflow_core.transfer import fetchable
 from occflow_core.types import NANO, Frame, Prediction
 
 from .assemble import Calibration, ImageSet, Scans, frame_of
@@ -81,9 +82,12 @@ class Pipeline:
             self.health.took(stage, seconds)
         return Served(images, prediction)
 
-    def _decode(self, images: ImageSet) -> tuple[ImageSet | None, np.ndarray | None]:
+    def _decode(self, images: ImageSet) -> tuple[ImageSet | None, torch.Tensor | None]:
         """Pictures (N, H, W, 3) uint8 RGB of the set, its Shots with calibrations that are true for them; a broken one
-        becomes a hole."""
+        becomes a hole.
+
+        Where the network is on a GPU, pictures that go to network size go there whole, and lie there afterwards.
+        """
         for camera, shot in enumerate(images.pictures):
             if shot is None:
                 continue
@@ -91,38 +95,41 @@ class Pipeline:
             if before is not None and _sees_other(before, shot.calibration):
                 self.health.count("intrinsics changed")
                 self.stream.forget()  # what is remembered of it lies where it does not look
-        size = self._common_size()
+        size, device = self._common_size(), self.stream.model.device
         ways: list[Resizer | Rectifier | None] = [None] * len(self.names)
-        if size is None:
-            size = self._network_size()
+        if size is not None:
+            pictures = fetchable((len(self.names), *size, 3), device)
+        else:
             images, ways = self._to_network(images)
-        pictures = np.empty((len(self.names), *size, 3), np.uint8)
+            pictures = torch.empty((len(self.names), *self._network_size(), 3), dtype=torch.uint8, device=device)
+        whole = [
+            None if way is None else fetchable((shot.picture.height, shot.picture.width, 3), device)
+            for shot, way in zip(images.pictures, ways, strict=True)
+        ]
 
         def decode(camera: int) -> Exception | None:
             shot, way = images.pictures[camera], ways[camera]
+            if shot is None:
+                return None
             try:
-                if shot is not None and way is None:
-                    shot.picture.decode_into(pictures[camera])
-                    return None
-                if shot is not None:
-                    whole = np.empty((shot.picture.height, shot.picture.width, 3), np.uint8)
-                    shot.picture.decode_into(whole)
-                    way.into(pictures[camera], whole)
-                    return None
+                shot.picture.decode_into((pictures if way is None else whole)[camera].numpy())
+                if way is not None and device.type == "cpu":
+                    way.into(pictures[camera], whole[camera])
+                return None
             except Exception as error:  # whatever it is, it costs one camera and not the set
-                shot = None
                 return error
-            finally:
-                if shot is None:
-                    pictures[camera] = 0
-            return None
 
         for camera, error in enumerate(self._decoders.map(decode, range(len(self.names)))):
             if error is not None:
                 known = self._rig[camera]
-                whole = f"a whole picture of {known.width} x {known.height}"
-                sentence = f"{self.topics[camera]}: refused: {error}, expected {whole}"
+                expected = f"a whole picture of {known.width} x {known.height}"
+                sentence = f"{self.topics[camera]}: refused: {error}, expected {expected}"
                 images = self._hole(images, camera, "broken image", sentence)
+            if images.pictures[camera] is None:
+                pictures[camera] = 0
+            elif ways[camera] is not None and device.type != "cpu":
+                # not in `decode`: what a GPU fails at is no fault of the picture
+                ways[camera].into(pictures[camera], whole[camera])
         return self._enough(images), pictures
 
     def _common_size(self) -> tuple[int, int] | None:
@@ -173,7 +180,7 @@ class Pipeline:
         self._ways.move_to_end(key)
         return self._ways[key]
 
-    def _frame(self, images: ImageSet, pictures: np.ndarray) -> tuple[ImageSet | None, Frame | None]:
+    def _frame(self, images: ImageSet, pictures: torch.Tensor) -> tuple[ImageSet | None, Frame | None]:
         """The Frame of decoded pictures; a camera whose transforms are unknown becomes a hole."""
         until = time.monotonic() + self.tf_wait
 

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # low to high; rooms on one floor do not see each other
+    {"transfer"},
     {"geometry"},
     {"types", "ops"},
     {"voxelflow", "pointcloud"},
@@ -23,7 +24,7 @@ FLOORS = [  # low to high; rooms on one floor do not see each other
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # no trainer, no dataset on the car
-NODE_SEES = {"occflow_ros", "runtime", "types", "geometry", "voxelflow", "pointcloud"}
+NODE_SEES = {"occflow_ros", "runtime", "types", "geometry", "transfer", "voxelflow", "pointcloud"}
 # Guests sit at the top only of the files made for them; elsewhere inside the function that needs them
 HOSTS = {"occflow_ros": {"rclpy", "rosbags"}, "data": {"cv2"}, "show": {"cv2"}}
 GUESTS = {"rclpy", "triton", "numba", "rosbags", "cv2", "tyro", "tqdm", "simplejpeg", "rerun", "tensorboard", "PIL"}

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..transfer import numbers
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -43,8 +45,8 @@ class Grid:
         Computed in the points' own precision, as the published voxelisers do: floor((p - low) / voxel). Points that
         are not finite lie outside.
         """
-        cell = torch.floor((points - points.new_tensor(self.low)) / points.new_tensor(self.voxel))
-        inside = ((cell >= 0) & (cell < cell.new_tensor(self.shape))).all(-1)
+        cell = torch.floor((points - numbers(self.low, points)) / numbers(self.voxel, points))
+        inside = ((cell >= 0) & (cell < numbers(self.shape, cell))).all(-1)
         # a float beyond int64's range has no defined integer: outside points get voxel 0 and say `inside` = False
         return torch.where(inside[..., None], cell, torch.zeros_like(cell)).long(), inside
 
@@ -58,11 +60,11 @@ class Grid:
 
     def unit(self, points: Tensor) -> Tensor:
         """Metres -> fractions of the box, (..., 3); outside it they leave [0, 1]."""
-        return (points - points.new_tensor(self.low)) / points.new_tensor(self.size)
+        return (points - numbers(self.low, points)) / numbers(self.size, points)
 
     def metres(self, unit: Tensor) -> Tensor:
         """Fractions of the box -> metres; the inverse of `unit`."""
-        return unit * unit.new_tensor(self.size) + unit.new_tensor(self.low)
+        return unit * numbers(self.size, unit) + numbers(self.low, unit)
 
     def coarser(self, factor: int) -> "Grid":
         """The same box in voxels `factor` times as long. ValueError where the shape does not divide."""

@@ -97,14 +97,14 @@ def _closing(where: Tensor, scores: Tensor, shape: tuple[int, int, int], thresho
 
     best, label = scores.new_zeros(len(added)), added.new_zeros(len(added))
     widened = scores.new_full(bits.shape, torch.inf)
-    flat = widened.view(-1)
+    flat, offsets = widened.view(-1), around.tolist()
     for k in range(scores.shape[1]):
         asked = (has >> k & 1).nonzero()[:, 0]
         if not len(asked):
             continue
         widened[1:-1, 1:-1, 1:-1] = 0
         from_, value = inner(where[above[:, k]]), scores[above[:, k], k]
-        for offset in around.tolist():
+        for offset in offsets:
             to = from_ + offset
             flat[to] = torch.maximum(flat[to], value)
         value = flat[padded[asked, None] + around].amin(-1)

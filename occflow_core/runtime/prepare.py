@@ -1,4 +1,8 @@
-"""Frames, or single pictures, at camera size -> at network size. N cameras, H W pixels."""
+"""Frames, or single pictures, at camera size -> at network size. N cameras, H W pixels.
+
+Where the network is on a GPU, pictures go there as they came, uint8, and are resampled there; else here. Where the
+result is to lie decides it. It is the same within one grey level: there is one `Fit`, and one map of a lens.
+"""
 
 from dataclasses import dataclass, replace
 from math import ceil, gcd
@@ -10,6 +14,7 @@ from torch.nn import functional as F
 
 from ..geometry import Cameras
 from ..geometry.lenses import Lens, least_zoom, real_pixels, zoomed
+from ..transfer import numbers, sent
 from ..types import Frame
 
 # Both are antialiased. "pillow" equals Pillow's BICUBIC, which published weights were trained with, within one grey
@@ -19,6 +24,8 @@ REACH = 2  # pixels of the result that a filter reaches (bicubic; bilinear 1)
 APART = 1.25  # pixels of the given picture between two of its samples, see `Rectifier`
 BAND = 16  # rows of the result whose places are computed at once
 FINEST = 8  # samples along a pixel of the result: maps of a network's picture stay below 100 MB
+PARTS = 32  # of a pixel, in which OpenCV's maps tell places
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,11 @@ def fit(from_size: tuple[int, int], to_size: tuple[int, int]) -> Fit:
     return Fit(height, width, top=height - to_size[0], left=(width - to_size[1]) // 2)
 
 
-def prepare(frame: Frame, height: int, width: int, resize: str) -> Frame:
+def prepare(frame: Frame, height: int, width: int, resize: str, device: torch.device = HOST) -> Frame:
     """The frame with pictures of height x width pixels, and cameras that are true for them.
 
-    resize: a word of RESIZES; ValueError for others.
+    resize: a word of RESIZES; ValueError for others. device: where the pictures are resized, and lie afterwards; those
+    that fit already stay where they are.
     """
     if resize not in RESIZES:
         raise ValueError(f"prepare: resize must be one of {sorted(RESIZES)}, got {resize!r}")
@@ -55,7 +63,8 @@ def prepare(frame: Frame, height: int, width: int, resize: str) -> Frame:
         return frame
     to = fit(size, (height, width))
     cameras = frame.cameras.resized(to.height, to.width).cropped(to.top, to.left, height, width)
-    return replace(frame, images=_resize(frame.images, to, height, width, RESIZES[resize]), cameras=cameras)
+    images = _resize(sent(frame.images, device), to, height, width, RESIZES[resize])
+    return replace(frame, images=images, cameras=cameras)
 
 
 class Resizer:
@@ -66,10 +75,11 @@ class Resizer:
         self.pixels_from_camera = _fitted(pixels_from_camera, size, to_size)  # (3, 3), true for the network's pictures
         self._fit, self._size, self._mode = fit(size, to_size), to_size, RESIZES[resize]
 
-    def into(self, out: np.ndarray, picture: np.ndarray) -> None:
-        """Writes the network's picture of `picture` (H, W, 3) uint8 into `out` (height, width, 3) uint8."""
-        given = torch.from_numpy(picture).permute(2, 0, 1)[None]
-        out[:] = _resize(given, self._fit, *self._size, self._mode)[0].permute(1, 2, 0).numpy()
+    def into(self, out: Tensor, picture: Tensor) -> None:
+        """Writes the network's picture of `picture` (H, W, 3) uint8 into `out` (height, width, 3) uint8, and resizes it
+        where `out` lies."""
+        given = sent(picture, out.device).permute(2, 0, 1)[None]
+        out.copy_(_resize(given, self._fit, *self._size, self._mode)[0].permute(1, 2, 0))
 
 
 class Rectifier:
@@ -82,7 +92,7 @@ class Rectifier:
     samples: one alone, at 1600x900 -> 352x128, would look at four of the twenty pixels that belong to it, and fine
     patterns would become coarse ones. Neighbouring samples are at most APART pixels apart; each reaches one pixel to
     every side, so all pixels count nearly alike. Maps are made once, in float64, and kept as fixed-point numbers (1/32
-    pixel), for which OpenCV is fastest.
+    pixel), for which OpenCV is fastest; a GPU is told the same places.
     """
 
     def __init__(
@@ -99,7 +109,8 @@ class Rectifier:
         wanted = _fitted(wanted_pixels_from_camera, size, to_size)
         self.zoom = least_zoom(lens, real_pixels_from_camera, size, wanted, to_size)
         self.pixels_from_camera = zoomed(wanted, self.zoom)  # (3, 3), true for the network's pictures
-        self._size = to_size
+        self._from_size, self._size = size, to_size
+        self._grid: Tensor | None = None  # the maps on a device, once a picture was wanted there
 
         def places(samples: int, first: int, last: int) -> np.ndarray:
             """(rows samples, width samples, 2) for rows `first` to `last` - 1 of the result: where each of its samples
@@ -118,13 +129,22 @@ class Rectifier:
             bands.append(cv2.convertMaps(x, y, cv2.CV_16SC2))
         self._maps = [np.concatenate(parts) for parts in zip(*bands, strict=True)]
 
-    def into(self, out: np.ndarray, picture: np.ndarray) -> None:
-        """Writes the network's picture of `picture` (H, W, 3) uint8 into `out` (height, width, 3) uint8."""
-        import cv2
-
+    def into(self, out: Tensor, picture: Tensor) -> None:
+        """Writes the network's picture of `picture` (H, W, 3) uint8 into `out` (height, width, 3) uint8, and resamples
+        it where `out` lies."""
         # the border is repeated for the outer half of the outermost pixels only: no sample lies farther out
-        samples = cv2.remap(picture, *self._maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        cv2.resize(samples, self._size[::-1], dst=out, interpolation=cv2.INTER_AREA)
+        if out.device.type == "cpu":
+            import cv2
+
+            samples = cv2.remap(picture.numpy(), *self._maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            cv2.resize(samples, self._size[::-1], dst=out.numpy(), interpolation=cv2.INTER_AREA)
+            return
+        if self._grid is None or self._grid.device != out.device:
+            maps = [sent(torch.from_numpy(part.astype(np.int16)), out.device) for part in self._maps]
+            self._grid = _grid(*maps, self._from_size)
+        given = sent(picture, out.device).permute(2, 0, 1)[None].float()
+        samples = F.grid_sample(given, self._grid, mode="bilinear", padding_mode="border", align_corners=False)
+        out.copy_(_rounded(F.adaptive_avg_pool2d(samples, self._size))[0].permute(1, 2, 0))
 
 
 def _fitted(pixels_from_camera: np.ndarray, size: tuple[int, int], to_size: tuple[int, int]) -> np.ndarray:
@@ -141,6 +161,24 @@ def _resize(images: Tensor, to: Fit, height: int, width: int, mode: str) -> Tens
     period = to.height // gcd(images.shape[2], to.height)
     dropped = max(0, to.top - REACH) // period * period
     images = images[:, :, dropped * images.shape[2] // to.height :]
-    resized = F.interpolate(images, size=(to.height - dropped, to.width), mode=mode, antialias=True)
-    top = to.top - dropped
-    return resized[:, :, top : top + height, to.left : to.left + width]
+    size, top = (to.height - dropped, to.width), to.top - dropped
+    if images.device.type == "cpu":
+        images = F.interpolate(images, size=size, mode=mode, antialias=True)
+    else:  # PyTorch's antialiased kernels of other devices take no uint8
+        # along rows, then along columns, as Pillow does and the above: where a bicubic filter overshoots in the first
+        # half, what is cut off there shows in the second
+        images = F.interpolate(images.float(), size=(images.shape[2], to.width), mode=mode, antialias=True)
+        images = _rounded(F.interpolate(images.clamp(0, 255), size=size, mode=mode, antialias=True))
+    return images[:, :, top : top + height, to.left : to.left + width]
+
+
+def _grid(whole: Tensor, part: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps of OpenCV, (R, S, 2) pixels and (R, S) parts of them, into pictures of a size -> (1, R, S, 2) as
+    `grid_sample` takes it: -1 and 1 are a picture's borders, not its outermost pixels' middles."""
+    places = whole + torch.stack([part % PARTS, part // PARTS], dim=-1) / PARTS
+    return ((2 * places + 1) / numbers(size[::-1], places) - 1)[None]
+
+
+def _rounded(levels: Tensor) -> Tensor:
+    """Grey levels as uint8; those out of its range are cut off."""
+    return levels.round().clamp(0, 255).to(torch.uint8)

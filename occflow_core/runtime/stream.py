@@ -1,6 +1,6 @@
 """Frames in, predictions out: the one job of this package."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from time import perf_counter
 
@@ -27,7 +27,9 @@ class Stream:
     def __init__(self, model: Model, longest_gap: float = 2.0):
         """longest_gap: s between two frames of one drive; after more, what was remembered is of no use."""
         self.model, self.longest_gap = model, longest_gap
-        self.seconds: dict[str, float] = {}  # of each stage of the last step: prepare, network, voxels, visibility
+        # of each stage of the last step: prepare, network, voxels, visibility. A GPU is waited for after the network,
+        # so what it does to prepare counts there
+        self.seconds: dict[str, float] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -54,7 +56,7 @@ class Stream:
         """Frames at camera size in the order of their stamps -> the prediction at the frame's stamp, on the CPU."""
         clock = [perf_counter()]
         system, device = self.model.system, self.model.device
-        frame = prepare(frame, system.config.height, system.config.width, self.model.resize)
+        frame = prepare(frame, system.config.height, system.config.width, self.model.resize, device)
         clock.append(perf_counter())
 
         if self.last is not None and not follows(self.last, frame, self.longest_gap):
@@ -64,9 +66,7 @@ class Stream:
             self.forget()
             raise FloatingPointError("the network's output is not finite (NaN or infinite); its memory was forgotten")
         self.memory, self.last = memory, frame  # together: a step that fails leaves the drive as it was
-        if device.type == "cuda":  # else its work would be counted as decoding
-            torch.cuda.synchronize(device)
-        clock.append(perf_counter())
+        clock.append(perf_counter())  # a GPU has done all of it: `_finite` had to wait
 
         prediction = system.decode(output)[0].to("cpu")
         clock.append(perf_counter())
@@ -94,14 +94,22 @@ def made_up_points(config) -> Tensor:
 
 
 def _finite(output) -> bool:
-    """Are all tensors of a system's output finite? Looks into dataclasses and sequences."""
-    if isinstance(output, Cameras):
-        return True  # they came in with the frame, those that are not used with any numbers
+    """Are all tensors of a system's output finite? A GPU is asked once."""
+    told = [torch.isfinite(tensor).all() for tensor in _told(output)]
+    return bool(torch.stack(told).all()) if told else True
+
+
+def _told(output) -> Iterator[Tensor]:
+    """The tensors in dataclasses and sequences, without those of cameras: they came in with the frame, those that are
+    not used with any numbers."""
     if isinstance(output, Tensor):
-        return bool(torch.isfinite(output).all())
-    if is_dataclass(output):
-        return all(_finite(getattr(output, f.name)) for f in fields(output))
-    return all(_finite(part) for part in output) if isinstance(output, (tuple, list)) else True
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from _told(part)
+    elif is_dataclass(output) and not isinstance(output, Cameras):
+        for f in fields(output):
+            yield from _told(getattr(output, f.name))
 
 
 def follows(last: Frame, frame: Frame, longest_gap: float) -> bool:

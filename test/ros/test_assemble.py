@@ -450,7 +450,7 @@ def test_a_frame_carries_the_cars_motion_between_each_cameras_stamp_and_the_sets
     frame = frame_of(
         images,
         ["a", "b", "c"],
-        np.zeros((3, 90, 160, 3), np.uint8),
+        torch.zeros(3, 90, 160, 3, dtype=torch.uint8),
         [mount, None, mount],
         [world_then, None, world_now],
         world_now,

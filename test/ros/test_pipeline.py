@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from far import CPU, GPU, Bus, Far
 from systems.small import build
 
 from occflow_core.geometry import rigid
@@ -34,10 +35,10 @@ class Picture:
 class Asked:
     """A stream that keeps what it was given."""
 
-    def __init__(self, height=64, width=96):
+    def __init__(self, height=64, width=96, device=CPU):
         self.frames, self.seconds, self.forgot = [], {}, 0
         config = SimpleNamespace(height=height, width=width)
-        self.model = SimpleNamespace(system=SimpleNamespace(config=config), resize="fast")
+        self.model = SimpleNamespace(system=SimpleNamespace(config=config), resize="fast", device=device)
 
     def forget(self):
         self.forgot += 1
@@ -152,14 +153,14 @@ def noise(calibration, seed=0) -> Seen:
     return Seen(rng.integers(0, 256, (calibration.height, calibration.width, 3), dtype=np.uint8))
 
 
-def fleet(names):
+def fleet(names, device=CPU):
     """A pipeline of cameras that all look ahead from where they stand on a car that does not move."""
     transforms, said = TransformBuffer(), []
     for i, name in enumerate(names):
         mount = rigid.from_quaternion((0.5, -0.5, 0.5, -0.5), (1.0, 0.2 * i, 1.5))
         transforms.add("base_link", name, START, mount, static=True)
     transforms.add("map", "base_link", START, torch.eye(4, dtype=torch.float64), static=True)
-    asked, say = Asked(), lambda key, sentence: said.append(sentence)
+    asked, say = Asked(device=device), lambda key, sentence: said.append(sentence)
     health = Health(names, "net")
     topics = [f"/{name}/image" for name in names]
     return Pipeline(names, topics, transforms, asked, health, "map", "base_link", 0.0, 1, say), asked, said
@@ -307,3 +308,69 @@ def test_a_broken_picture_behind_a_lens_becomes_a_hole():
     assert asked.frames[0].used.tolist() == [False, True] and not asked.frames[0].images[0].any()
     assert said[0].startswith("/a/image: refused: ") and said[0].endswith("expected a whole picture of 200 x 120")
     pipeline.close()
+
+
+# ---- a network on a GPU, here on one that is not there
+
+
+def served_on_a_gpu(names, images):
+    """The Frame of a set, what went to the GPU, and what was waited for."""
+    pipeline, asked, said = fleet(names, GPU)
+    pipeline.close()
+    pipeline._decoders = SimpleNamespace(map=map)  # the bus is that of one thread
+    with Bus() as bus:
+        assert pipeline.serve(images) is not None
+    return asked.frames[0], bus, said
+
+
+def test_pinholes_of_one_size_wait_in_pinned_memory_for_a_gpu():
+    calibrations = [calibrated(name, 120, 200) for name in "ab"]
+    frame, bus, _ = served_on_a_gpu(["a", "b"], together(calibrations))
+    assert frame.images.device.type == "cpu" and not bus.sent
+    with bus:
+        assert frame.images.is_pinned()
+        there = prepare(frame, 64, 96, "fast", GPU)
+    assert bus.sent == [(torch.uint8, 2 * 3 * 120 * 200)] and not bus.waits
+    assert (there.images.near.int() - prepare(frame, 64, 96, "fast").images.int()).abs().max() <= 1
+
+
+def test_mixed_sizes_and_lenses_are_resampled_on_a_gpu_as_here_and_go_there_as_they_came():
+    names = ["a", "b", "c", "d", "e"]
+    rig = [
+        calibrated("a", 120, 200, BARREL),
+        calibrated("b", 90, 300),
+        calibrated("c", 240, 240, FISHEYE),
+        None,
+        calibrated("e", 64, 96),
+    ]
+    here, asked, _ = fleet(names)
+    assert here.serve(together(rig)) is not None
+    here.close()
+    expected = asked.frames[0]
+    frame, bus, said = served_on_a_gpu(names, together(rig))
+    assert not said and isinstance(frame.images, Far) and frame.used.tolist() == expected.used.tolist()
+    assert (frame.images.near.int() - expected.images.int()).abs().max() <= 1 and not frame.images.near[3].any()
+    assert torch.equal(frame.cameras.pixels_from_camera, expected.cameras.pixels_from_camera)
+    assert torch.equal(frame.cameras.car_from_camera, expected.cameras.car_from_camera)
+    whole = [size for kind, size in bus.sent if kind == torch.uint8]
+    assert whole == [3 * c.height * c.width for c in rig if c is not None] and not bus.waits
+
+
+def test_a_broken_picture_for_a_gpu_becomes_a_hole():
+    calibration = calibrated("a", 120, 200, BARREL)
+    small = noise(calibrated("a", 60, 100))  # not what its calibration says
+    small.height, small.width = 120, 200
+    images = together([calibration, calibration], pictures=[small, noise(calibration)])
+    frame, bus, said = served_on_a_gpu(["a", "b"], images)
+    assert frame.used.tolist() == [False, True] and not frame.images.near[0].any() and frame.images.near[1].any()
+    assert [size for kind, size in bus.sent if kind == torch.uint8] == [3 * 120 * 200]
+    assert said[0].startswith("/a/image: refused: ")
+
+
+def test_a_gpu_that_fails_is_no_broken_picture(monkeypatch):
+    def fails(self, out, picture):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Rectifier, "into", fails)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        served_on_a_gpu(["a"], together([calibrated("a", 120, 200, BARREL)]))

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from far import GPU, Bus, Far
 from PIL import Image
 from systems.rig import frame, ring
 from torch.nn import functional as F
@@ -122,6 +123,13 @@ SIZE, TO = (450, 800), (64, 176)
 K = np.array([[400.0, 0.0, 405.0], [0.0, 395.0, 220.0], [0.0, 0.0, 1.0]])
 
 
+def made(way, picture, to=TO) -> np.ndarray:
+    """The network's picture of one (H, W, 3) uint8."""
+    out = torch.empty(*to, 3, dtype=torch.uint8)
+    way.into(out, torch.from_numpy(picture))
+    return out.numpy()
+
+
 def middles(height, width):
     """(height, width, 2): pixels' middles."""
     return np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), axis=-1)
@@ -148,10 +156,10 @@ def scene(rays):
 @pytest.mark.parametrize("wide", [1.0, 0.7], ids=["as K", "zoomed in"])
 @pytest.mark.parametrize("lens", LENSES, ids=lambda lens: lens.model)
 def test_a_picture_through_a_lens_becomes_the_pinhole_picture_of_the_same_scene(lens, wide):
-    through = scene(straightened(lens, middles(*SIZE), K)).round().astype(np.uint8)
-    way, out = Rectifier(lens, K, zoomed(K, wide), SIZE, TO), np.empty((*TO, 3), np.uint8)
+    seen = scene(straightened(lens, middles(*SIZE), K)).round().astype(np.uint8)
+    way = Rectifier(lens, K, zoomed(K, wide), SIZE, TO)
     assert (way.zoom > 1) == (wide < 1)
-    way.into(out, through)
+    out = made(way, seen)
     back = np.linalg.inv(way.pixels_from_camera)
     off = out - scene(middles(*TO) @ back[:2, :2].T + back[:2, 2])
     assert np.abs(off).max() < 2 and np.abs(off).mean() < 0.4
@@ -169,9 +177,7 @@ def test_a_points_pixel_through_a_lens_lands_where_the_frames_camera_says(lens):
     places = project(given, np.zeros(3), np.zeros(3), K, np.array(lens.coefficients))[0].reshape(-1, 2)
     for place, pixel in zip(places, cameras.project(points)[0][0], strict=True):
         blob = 250 * np.exp(-((middles(*SIZE) - place) ** 2).sum(-1) / (2 * 2.5**2))
-        out = np.empty((*TO, 3), np.uint8)
-        way.into(out, np.repeat(blob[..., None], 3, axis=-1).round().astype(np.uint8))
-        weight = out[..., :1].astype(float)
+        weight = made(way, np.repeat(blob[..., None], 3, axis=-1).round().astype(np.uint8))[..., :1].astype(float)
         found = (weight * middles(*TO)).sum((0, 1)) / weight.sum()
         assert np.abs(found - pixel.numpy()).max() < 0.05
 
@@ -181,28 +187,23 @@ def test_a_points_pixel_through_a_lens_lands_where_the_frames_camera_says(lens):
 def test_what_is_finer_than_a_pixel_becomes_its_mean_through_a_lens_too(lens, to):
     k = np.diag([2.0, 2.0, 1.0]) @ K
     board = np.indices((900, 1600)).sum(0)[..., None] % 2 * 200
-    way, out = Rectifier(lens, k, k, (900, 1600), to), np.empty((*to, 3), np.uint8)
-    way.into(out, np.repeat(board, 3, axis=-1).astype(np.uint8))
-    off = out.astype(int) - 100
+    way = Rectifier(lens, k, k, (900, 1600), to)
+    off = made(way, np.repeat(board, 3, axis=-1).astype(np.uint8), to).astype(int) - 100
     assert abs(off.mean()) < 2 and off.std() < 5 and np.abs(off).max() < 30  # one sample a pixel: 50 and 100
 
 
 def test_no_black_border_is_shown_and_the_largest_picture_stays_whole():
     lens = Lens("plumb_bob", (0.25, 0.05, 0.001, 0.001))  # a cushion: the same K would look beyond the picture
-    way, out = Rectifier(lens, K, K, SIZE, TO), np.empty((*TO, 3), np.uint8)
-    way.into(out, np.full((*SIZE, 3), 255, np.uint8))
-    assert way.zoom > 1.1 and (out == 255).all()
+    way = Rectifier(lens, K, K, SIZE, TO)
+    assert way.zoom > 1.1 and (made(way, np.full((*SIZE, 3), 255, np.uint8)) == 255).all()
     assert way.pixels_from_camera[0, 0] == pytest.approx(way.zoom * 400 * 176 / 800)
     assert way.pixels_from_camera[0, 2] == pytest.approx(405 * 176 / 800)
 
 
 def test_a_lens_that_hardly_bends_is_a_resize():
     given = pictures("smooth", 1, *SIZE)[0].permute(1, 2, 0).contiguous().numpy()
-    outs = np.empty((2, *TO, 3), np.uint8)
     resizer, rectifier = Resizer(K, SIZE, TO, "fast"), Rectifier(Lens("plumb_bob", (1e-9, 0, 0, 0)), K, K, SIZE, TO)
-    for way, out in zip((resizer, rectifier), outs, strict=True):
-        way.into(out, given)
-    assert np.abs(outs[0].astype(int) - outs[1]).max() <= 1
+    assert np.abs(made(resizer, given).astype(int) - made(rectifier, given)).max() <= 1
     assert np.allclose(resizer.pixels_from_camera, rectifier.pixels_from_camera, rtol=1e-6)
 
 
@@ -213,8 +214,7 @@ def test_one_picture_is_resized_as_all_of_a_frame_are(resize, size):
     together = prepare(frame, 128, 352, resize)
     for i, image in enumerate(frame.images):
         way = Resizer(frame.cameras.pixels_from_camera[i].numpy(), size, (128, 352), resize)
-        out = np.empty((128, 352, 3), np.uint8)
-        way.into(out, image.permute(1, 2, 0).numpy())
+        out = made(way, image.permute(1, 2, 0).numpy(), (128, 352))
         assert torch.equal(torch.from_numpy(out).permute(2, 0, 1), together.images[i])
         assert np.array_equal(way.pixels_from_camera, together.cameras.pixels_from_camera[i].numpy())
 
@@ -222,3 +222,66 @@ def test_one_picture_is_resized_as_all_of_a_frame_are(resize, size):
 def test_a_lens_without_any_pinhole_picture_is_refused():
     with pytest.raises(ValueError, match="leaves no pinhole picture"):
         Rectifier(Lens("plumb_bob", (-20.0, 0, 0, 0)), K, K, SIZE, TO)
+
+
+# ---- where the network is on a GPU, here on one that is not there
+
+
+def apart(there: torch.Tensor, here: torch.Tensor) -> int:
+    """Grey levels."""
+    return int((there.near.int() - here.int()).abs().max())
+
+
+def colours(kind, height, width) -> torch.Tensor:
+    """One picture (H, W, 3) uint8."""
+    return pictures(kind, 1, height, width)[0].permute(1, 2, 0).contiguous()
+
+
+@pytest.mark.parametrize("kind", ["noise", "smooth"])
+@pytest.mark.parametrize("resize", ["fast", "pillow"])
+@pytest.mark.parametrize("size", [(900, 1600), (480, 640), (1208, 1920), (97, 200)])
+def test_a_gpu_is_sent_what_the_cameras_gave_and_makes_the_same_of_it(kind, resize, size):
+    given = frame_of(pictures(kind, 2, *size))
+    here = prepare(given, 128, 352, resize)
+    with Bus() as bus:
+        there = prepare(given, 128, 352, resize, GPU)
+    off = apart(there.images, here.images)
+    assert there.images.device == GPU and off <= 1
+    assert torch.equal(there.cameras.pixels_from_camera, here.cameras.pixels_from_camera)
+    assert bus.sent == [(torch.uint8, given.images.numel())] and not bus.waits
+
+
+def test_a_bicubic_filter_that_overshoots_is_cut_off_between_rows_and_columns_there_too():
+    stripes = (torch.arange(300)[:, None] // 3 + torch.arange(500) // 4) % 2 * 255
+    given = frame_of(stripes.to(torch.uint8).expand(1, 3, 300, 500))
+    with Bus():
+        there = prepare(given, 128, 352, "pillow", GPU)
+    assert apart(there.images, prepare(given, 128, 352, "pillow").images) <= 1
+
+
+@pytest.mark.parametrize("size", [SIZE, (900, 1600), (60, 170)], ids=str)
+@pytest.mark.parametrize("wide", [1.0, 0.7], ids=["as K", "zoomed in"])
+@pytest.mark.parametrize("lens", LENSES, ids=lambda lens: lens.model)
+def test_a_lens_is_taken_out_on_a_gpu_as_here(lens, wide, size):
+    k = np.diag([size[1] / 800, size[0] / 450, 1.0]) @ K
+    way, here, there = Rectifier(lens, k, zoomed(k, wide), size, TO), *torch.zeros(2, *TO, 3, dtype=torch.uint8)
+    with Bus() as bus:
+        there = Far(there)
+        for kind in ("noise", "smooth"):
+            picture = colours(kind, *size)
+            way.into(here, picture)
+            bus.sent.clear()
+            way.into(there, picture)
+            assert apart(there, here) <= 1
+    assert bus.sent == [(torch.uint8, picture.numel())] and not bus.waits  # the maps went there once, before
+
+
+@pytest.mark.parametrize("resize", ["fast", "pillow"])
+@pytest.mark.parametrize("size", [(900, 1600), (480, 640), (64, 176), (97, 200)])
+def test_one_picture_is_resized_on_a_gpu_as_here(resize, size):
+    way, picture, here = Resizer(K, size, TO, resize), colours("noise", *size), torch.zeros(*TO, 3, dtype=torch.uint8)
+    way.into(here, picture)
+    with Bus() as bus:
+        there = Far(torch.zeros_like(here))
+        way.into(there, picture)
+    assert apart(there, here) <= 1 and bus.sent == [(torch.uint8, picture.numel())] and not bus.waits

@@ -3,12 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from far import Bus, Far, on_gpu
 from systems.rig import drive, frame, turn
 from systems.small import CONFIG, build
 from torch import nn
 
 from occflow_core.data import pattern
 from occflow_core.geometry import rigid
+from occflow_core.ops import gpu
 from occflow_core.runtime import Model, Stream, load, stream
 from occflow_core.types import NANO, Clip, Prediction
 
@@ -210,3 +212,38 @@ def test_a_camera_that_is_not_used_may_have_any_numbers():
     said = stream.step(replace(whole, cameras=replace(whole.cameras, pixels_from_camera=wild)))
     stream.forget()
     assert torch.equal(said.labels, stream.step(whole).labels)
+
+
+# ---- a network on a GPU, here on one that is not there
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Definitions run: there is nothing to launch on."""
+    monkeypatch.setattr(gpu, "_launches", lambda: False)
+
+
+def test_a_step_on_a_gpu_is_sent_uint8_waits_once_before_voxels_are_made_and_says_the_same(monkeypatch, no_kernels):
+    frames = [replace(f, points=None) for f in drive(4, every=0.25, height=90, width=150)]
+    here = Stream(Model(build(), "small", False, "fast", None))
+    there = Stream(Model(on_gpu(build()), "small", False, "fast", None))
+    decode, told = there.model.system.decode, []
+    monkeypatch.setattr(there.model.system, "decode", lambda output: told.append(dict(bus.waits)) or decode(output))
+    for f in frames:
+        expected = here.step(f)
+        with Bus() as bus:
+            said = there.step(f)
+        assert told[-1] == {"a number": 1}, "whether all is finite"
+        assert (torch.uint8, f.images.numel()) in bus.sent
+        small = [size for kind, size in bus.sent if kind != torch.uint8]
+        assert sum(small) < 4096, "matrices of the cameras, sizes of the grid"
+        assert not isinstance(said.labels, Far) and (said.labels != expected.labels).float().mean() < 0.01
+    assert int((said.labels != 17).sum()) > 20
+
+
+def test_nan_on_a_gpu_is_told_by_the_one_number_that_is_read(no_kernels):
+    system = build()
+    system.queries.weight.data[0, 0] = torch.nan
+    with Bus() as bus, pytest.raises(FloatingPointError, match="not finite"):
+        Stream(Model(on_gpu(system), "small", False, "fast", None)).step(frame())
+    assert dict(bus.waits) == {"a number": 1}
