@@ -12,7 +12,8 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     A GPU fetches what lies in the host's memory by itself, from pages that stay where they are: the host waits neither
     for the copy nor for what the GPU was told before. Those pages are not given away before they were read.
     """
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+    fetches = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    if fetches and not torch.compiler.is_compiling():  # a program keeps what it is sent as a constant
         return tensor.pin_memory().to(device, non_blocking=True)  # pinned already: the same tensor
     return tensor.to(device)
 

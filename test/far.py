@@ -33,6 +33,7 @@ ASKS = {op: name for name, ops in ASKS.items() for op in ops}
 OWN = {
     Tensor.copy_: aten.copy_.default,
     Tensor.contiguous: aten.contiguous.default,
+    Tensor.__invert__: aten.bitwise_not.default,
     Tensor.nonzero: aten.nonzero.default,
 }
 # What inference mode leaves whole, though whether it goes across is told by what it is made of

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..transfer import numbers
+
 
 @torch.no_grad()
 def submanifold_taps(sites: Tensor, shape: Sequence[int], kernel: Sequence[int]) -> Tensor:
@@ -44,11 +46,11 @@ def regular_taps(
     # along each axis a site lies under the kernels of at most ceil(k / s) places
     reach = [torch.arange(-(-k // s), device=sites.device) for k, s in zip(kernel, stride, strict=True)]
     back = torch.stack(torch.meshgrid(*reach, indexing="ij"), dim=-1).view(-1, 3)
-    padded = (sites[:, 1:] + sites.new_tensor(padding))[:, None]  # (M, 1, 3)
-    step = sites.new_tensor(stride)
+    padded = (sites[:, 1:] + numbers(padding, sites))[:, None]  # (M, 1, 3)
+    step = numbers(stride, sites)
     places = padded // step - back  # (M, J, 3)
-    under = padded - places * step < sites.new_tensor(kernel)
-    found = (under & (places >= 0) & (places < sites.new_tensor(given))).all(-1)
+    under = padded - places * step < numbers(kernel, sites)
+    found = (under & (places >= 0) & (places < numbers(given, sites))).all(-1)
     lane = sites[:, :1].expand(found.shape)
     there = _sites(_ids(torch.cat([lane[..., None], places], dim=-1)[found], given).unique(), given)
     return there, given, _taps(sites, there, shape, kernel, stride, padding)
@@ -130,12 +132,12 @@ def _taps(sites: Tensor, at: Tensor, shape, kernel, stride, padding) -> Tensor:
     """(K, M'): rows of `sites` (M, 4) that the taps of kernels meet which stand at (M', 4); M where none."""
     # with the padding as a shell around the grid, no tap leaves it, and a step along an axis is a constant
     shelled = tuple(n + 2 * p for n, p in zip(shape, padding, strict=True))
-    lane, axes = sites[:, :1], sites[:, 1:] + sites.new_tensor(padding)
+    lane, axes = sites[:, :1], sites[:, 1:] + numbers(padding, sites)
     ids, order = _ids(torch.cat([lane, axes], dim=1), shelled).sort()
     # one more row, which nothing equals, so that a look-up behind the last site is one as well
     ids = torch.cat([ids, ids.new_full((1,), torch.iinfo(ids.dtype).max)])
     order = torch.cat([order, order.new_full((1,), sites.shape[0])])
-    first = _ids(torch.cat([at[:, :1], at[:, 1:] * at.new_tensor(stride)], dim=1), shelled)
+    first = _ids(torch.cat([at[:, :1], at[:, 1:] * numbers(stride, at)], dim=1), shelled)
     columns = [(x * shelled[1] + y) * shelled[2] for x in range(kernel[0]) for y in range(kernel[1])]
     if torch.compiler.is_compiling():  # all at once: a ninth of the program, which takes minutes to build
         columns = [at.new_tensor(columns)[:, None]]

@@ -43,6 +43,7 @@ from ..nn.instants import Memory, View, see
 from ..nn.lidar import LAYERS, STRIDE
 from ..nn.starts import SHARES
 from ..nn.voxels import CAP
+from ..transfer import numbers
 from ..types import OCC3D, TABLES, Classes, Clip, Occupancy, Prediction
 from .base import OPUS_NAMES, opus_constants
 
@@ -194,7 +195,7 @@ class OpusFusion(nn.Module):
             raise ValueError("opus-fusion: a lane brings no LiDAR point; without a scan there is nothing to begin with")
         ages = age.unique()  # of each scan, the newest first
         ages = ages[ages - ages[0] <= REACH][: self.config.sweeps]
-        place, low, high = points[:, :3], points.new_tensor(grid.low), points.new_tensor(grid.high)
+        place, low, high = points[:, :3], numbers(grid.low, points), numbers(grid.high, points)
         kept = (age <= ages[-1]) & ((place > low) & (place < high)).all(-1)
         return torch.cat([points[:, :4], (age - ages[0])[:, None]], dim=1)[kept]
 

@@ -55,6 +55,7 @@ from ..nn.instants import Memory, View, see
 from ..nn.losses import mean_over_processes
 from ..nn.points import HIDDEN
 from ..nn.queries import Attention, Mixing
+from ..transfer import numbers, sent
 from ..types import OCC3D, OPENOCC, TABLES, Classes, Clip, Occupancy, Prediction
 
 SCALES = 3  # each halves the edge of a voxel
@@ -421,11 +422,11 @@ class Scale(nn.Module):
         """Voxels (B, Q, C) at (B, Q, 3), their lowest corners in the grid's voxels -> what is kept of their children,
         at most `number`, those children's corners (B, K, 3) and features (B, K, C)."""
         grid, edge = self.config.grid, 2 ** (SCALES - self.number)
-        voxel, low = feature.new_tensor(grid.voxel), feature.new_tensor(grid.low)
+        voxel, low = numbers(grid.voxel, feature), numbers(grid.low, feature)
         place = corner.to(feature) * voxel + low  # m; it is the corner that a voxel tells as its place
         feature = feature + self.position(grid.unit(place))
         if self.attention is not None:
-            flat = place * place.new_tensor([1.0, 1.0, 0.0])  # how far apart they are, seen from above
+            flat = place * numbers([1.0, 1.0, 0.0], place)  # how far apart they are, seen from above
             feature = self.norm1(self.attention(feature, flat))
         size = edge * voxel
         sampled = self.sampling(feature, (place + size / 2)[:, :, None], size, view)
@@ -434,8 +435,8 @@ class Scale(nn.Module):
 
         # ---- children, and which of them are kept
         feature = F.relu(self.lift(feature)).unflatten(-1, (8, -1)).flatten(1, 2)  # (B, 8 Q, C)
-        corner = (corner[:, :, None] + CHILDREN.to(corner) * (edge // 2)).flatten(1, 2)
-        inside = (corner < corner.new_tensor(grid.shape)).all(-1)
+        corner = (corner[:, :, None] + sent(CHILDREN.to(corner.dtype), corner.device) * (edge // 2)).flatten(1, 2)
+        inside = (corner < numbers(grid.shape, corner)).all(-1)
         with torch.autocast(feature.device.type, enabled=False):  # in half precision many scores would be equal
             feature = feature.float() if feature.dtype != torch.float64 else feature
             if self.filled is not None:
@@ -559,7 +560,7 @@ class Masks(nn.Module):
         queries say before the layer, and each time after it."""
         query = self.begin.weight.expand(len(told), -1, -1)
         position = self.position.weight
-        voxel = self.draws.new_tensor(self.config.grid.voxel)
+        voxel = numbers(self.config.grid.voxel, self.draws)
         masks, names = [self.mask(query) @ told.mT], [self.name(query)]
         for i in range(self.config.iterations):
             asking = query + position
@@ -582,14 +583,14 @@ class Masks(nn.Module):
         index = torch.searchsorted(covered, rank + 1).clamp_max(mask.shape[-1] - 1)
         # in the precision of the tables: half a number is no place in the grid
         drawn = _taken(kept.where, index.flatten(1)).unflatten(1, index.shape[1:]).to(self.draws)
-        anywhere = self.anywhere[iteration] * self.draws.new_tensor(grid.shape)
+        anywhere = self.anywhere[iteration] * numbers(grid.shape, self.draws)
         if config.as_published:  # a lane of which no query covers anything draws its places in the first voxel
             none = (count == 0).all(1, keepdim=True)[..., None]
             anywhere = torch.where(none, self.anywhere[iteration].expand(len(mask), -1, -1, -1), anywhere)
         else:
             drawn = drawn + 0.5
         voxels = torch.where(count[..., None] > 0, drawn, anywhere)
-        return voxels * voxels.new_tensor(grid.voxel) + voxels.new_tensor(grid.low)
+        return voxels * numbers(grid.voxel, voxels) + numbers(grid.low, voxels)
 
 
 def tables(iterations: int, queries: int, samples: int) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,15 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import pytest
 import torch
 from contract.options import OPTIONS, SMALL
+from far import Bus, on_gpu
 from systems.rig import drive
 from torch import Tensor
 
 from occflow_core.data import augment
 from occflow_core.engine.optimise import as_float32
 from occflow_core.geometry import OCC3D_GRID, Grid
-from occflow_core.runtime import load, save
+from occflow_core.ops import gpu
+from occflow_core.runtime import Stream, load, save
 from occflow_core.runtime.load import Model
 from occflow_core.systems import SYSTEMS
 from occflow_core.systems.base import seeded
@@ -307,3 +309,18 @@ def test_predictions_carry_the_name_tables_of_the_config(name):
     (prediction,) = system.decode(run(system, drive(1, every=0.5))[0][0])
     assert prediction.classes is OPENOCC and prediction.grid == GRID
     assert isinstance(Model(system, name, True, "fast", None).device, torch.device)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(SYSTEMS.keys() - {"opus-v2", "opus-fusion"})
+)  # those ask how many voxels there are
+def test_a_gpu_is_waited_for_once_before_voxels_are_made(name, monkeypatch):
+    monkeypatch.setattr(gpu, "_launches", lambda: False)  # there is none: definitions run
+    system, told = on_gpu(build(name)), []
+    decode = system.decode
+    monkeypatch.setattr(system, "decode", lambda output: told.append(dict(bus.waits)) or decode(output))
+    stream = Stream(Model(system, name, False, "fast", None))
+    for frame in drive(2, every=0.5):
+        with Bus() as bus:
+            stream.step(frame)
+    assert told == [{"a number": 1}] * 2, "whether all is finite"
