@@ -311,9 +311,10 @@ def test_predictions_carry_the_name_tables_of_the_config(name):
     assert isinstance(Model(system, name, True, "fast", None).device, torch.device)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(SYSTEMS.keys() - {"opus-v2", "opus-fusion"})
-)  # those ask how many voxels there are
+ASKING = {"opus-v2", "opus-fusion"}  # how many voxels there are
+
+
+@pytest.mark.parametrize("name", sorted(SYSTEMS.keys() - ASKING))
 def test_a_gpu_is_waited_for_once_before_voxels_are_made(name, monkeypatch):
     monkeypatch.setattr(gpu, "_launches", lambda: False)  # there is none: definitions run
     system, told = on_gpu(build(name)), []
