@@ -13,9 +13,12 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     for the copy nor for what the GPU was told before. Those pages are not given away before they were read.
     """
     fetches = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
-    if fetches and not torch.compiler.is_compiling():  # a program keeps what it is sent as a constant
-        return tensor.pin_memory().to(device, non_blocking=True)  # pinned already: the same tensor
-    return tensor.to(device)
+    if not fetches or torch.compiler.is_compiling():  # a program keeps what it is sent as a constant
+        return tensor.to(device)
+    if not tensor.is_pinned():
+        # in its own order of axes; what was expanded is written out
+        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
 
 
 def numbers(values: Sequence[float], like: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ OWN = {
 }
 # What inference mode leaves whole, though whether it goes across is told by what it is made of
 MADE = {getattr(op, overload) for op in (aten.to, aten.item, aten.is_nonzero) for overload in op.overloads()}
-PINS = {aten.pin_memory.default, aten._pin_memory.default}
 
 
 class Far(Tensor):
@@ -114,8 +113,6 @@ class Bus(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func is aten.is_pinned.default:
             return not isinstance(args[0], Far) and self._address(args[0]) in self._pinned
-        if func in PINS:
-            return args[0] if self._address(args[0]) in self._pinned else self._pin(args[0].clone())
         if func in MADE:
             with self:
                 return func.decompose(*args, **kwargs)
