@@ -30,8 +30,9 @@ setup(
         "occflow_recipes",
     ],
     package_dir={"occflow_recipes": "training/recipes"},
-    # occflow_core/msg is a link to msg/msg: bags can be written and read where there is no ROS; weights/ ships a model
-    package_data={"occflow_core": ["msg/*.msg", "weights/*"]},
+    # occflow_core/msg is a link to msg/msg: bags can be written and read where there is no ROS; weights/ ships a model;
+    # runtime/*.txt: names of TensorRT's operators
+    package_data={"occflow_core": ["msg/*.msg", "weights/*", "runtime/*.txt"]},
     data_files=[
         *share("occflow_ros"),
         *share("occflow_core"),

@@ -184,20 +184,32 @@ def convert(
 
 def export(
     model: Annotated[str, "system and preset, e.g. opus-demo"],
-    out: Annotated[Path, "folder that does not exist yet"],
+    out: Annotated[Path | None, "folder that does not exist yet"] = None,
     /,
     backend: Annotated[
-        Literal["aot", "onnx"], "aot: AOTInductor packages, encoder and decoder; onnx: the encoder alone"
-    ] = "aot",
+        Literal["aot", "onnx", "tensorrt"] | None, "AOTInductor packages, ONNX, or TensorRT in packages; without: aot"
+    ] = None,
     weights: Annotated[Path | None, "its weights; without: those that ship, else random ones"] = None,
-    device: Annotated[str, "aot: where it will run, cpu or cuda"] = "cpu",
+    device: Annotated[str, "aot, tensorrt: where it will run, cpu or cuda"] = "cpu",
     cameras: Annotated[int, "how many"] = 6,
+    coverage: Annotated[bool, "write nothing: print which operators TensorRT would run; needs no GPU"] = False,
 ) -> None:
-    """A model -> files that run without its Python, compared with it."""
+    """A model's encoder and decoder -> files that run without its Python, compared with it."""
     from .runtime import load
-    from .runtime.export import export as run
 
-    print(run(load(model, weights, device), out, backend, cameras))
+    if coverage == (out is not None):
+        raise ValueError("export: name a folder for the files, or ask for --coverage, which writes none")
+    if coverage and backend not in (None, "tensorrt"):
+        raise ValueError(f"export: --coverage is told of tensorrt, not of {backend}")
+    loaded = load(model, weights, device)
+    if coverage:
+        from .runtime.coverage import coverage as told
+
+        print(told(loaded, cameras))
+    else:
+        from .runtime.export import export as run
+
+        print(run(loaded, out, backend or "aot", cameras))
 
 
 def bench(

@@ -35,6 +35,7 @@ from ..nn.instants import Memory, View, encode, remember
 from ..types import NANO, Clip, Frame, Prediction
 from .cache import Unfit, engine, home
 from .load import Model
+from .plain import plain
 
 Backend = Literal["eager", "compiled", "aot", "tensorrt"]
 PRECISION = "float32"  # of weights, sums and what goes between the parts
@@ -305,7 +306,7 @@ def build_tensorrt(parts: Parts, folder: Path) -> None:
     import torch_tensorrt
 
     for part, inputs in parts.inputs.items():
-        module = torch_tensorrt.dynamo.compile(parts.program(part), arg_inputs=inputs)
+        module = torch_tensorrt.dynamo.compile(plain(parts.program(part)), arg_inputs=inputs)
         path = str(folder / (part + ENGINE))
         torch_tensorrt.save(module, path, output_format="aot_inductor", arg_inputs=inputs, retrace=True)
 

@@ -277,24 +277,6 @@ def test_one_weight_is_enough_to_be_another_engine():
 # ---- files
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_the_encoder_as_onnx_says_what_eager_says(tmp_path):
-    ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-    model = opus()
-    said = export(model, tmp_path / "out", "onnx", CAMERAS)
-    assert "the encoder alone" in said and "largest difference" in said
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["encoder.onnx", "manifest.json"]
-    session = ort.InferenceSession(str(tmp_path / "out/encoder.onnx"))
-    images, used = frame(seed=7).images[None, None], torch.tensor([[[True, False, True]]])
-    (told,) = session.run(["rows"], {"images": images.numpy(), "used": used.numpy()})
-    with torch.no_grad():
-        expected = Parts.of(model.system, CAMERAS).modules["encoder"](images, used)["rows"]
-    assert torch.allclose(torch.from_numpy(told), expected, atol=1e-4)
-    with pytest.raises(ValueError, match="exists already"):
-        export(model, tmp_path / "out", "onnx", CAMERAS)
-
-
 def test_an_export_that_is_not_equal_leaves_nothing(tmp_path, monkeypatch):
     from occflow_core.runtime import export as module
 
