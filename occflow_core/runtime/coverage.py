@@ -18,7 +18,7 @@ from .plain import plain
 
 LIST = Path(__file__).with_name("tensorrt_converters.txt")
 aten = torch.ops.aten
-# torch_tensorrt (2.13.0: `torch_disabled_decompositions`, attention, a pass that makes poolings whole again) takes whole:
+# torch_tensorrt (2.13.0: its disabled decompositions, attention, a pass that makes poolings whole again) takes whole:
 WHOLE = (
     *(aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default, aten._softmax.default),
     *(aten.max_pool2d.default, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec),
@@ -31,7 +31,9 @@ IN_PARTS = torch._decomp.get_decompositions(OTHERS) | {
 }
 # no work: checks of shapes, which torch_tensorrt takes out, and a part of a result
 NOTHING = {"aten._assert_scalar.default", "aten._assert_tensor_metadata.default", "aten._assert_async.msg"} | {
-    "aten.sym_constrain_range_for_size.default", "aten.sym_constrain_range.default", "operator.getitem"
+    "aten.sym_constrain_range_for_size.default",
+    "aten.sym_constrain_range.default",
+    "operator.getitem",
 }
 Asked = Callable[[Node], bool]
 
@@ -45,11 +47,10 @@ class Coverage:
 
     def __str__(self):
         kinds, nodes = len(self.nodes), self.nodes.total()
+        known, run = kinds - len(self.missing), nodes - self.missing.total()
         left = ", ".join(f"{count} {name}" for name, count in sorted(self.missing.items()))
-        return (
-            f"{kinds - len(self.missing)} of {kinds} kinds of operators, {nodes - self.missing.total()} of {nodes} nodes "
-            f"({1 - self.missing.total() / max(nodes, 1):.1%})" + (f"; PyTorch runs {left}" if left else "")
-        )
+        told = f"{known} of {kinds} kinds of operators, {run} of {nodes} nodes ({run / max(nodes, 1):.1%})"
+        return told + (f"; PyTorch runs {left}" if left else "")
 
 
 def coverage(model: Model, cameras: int = 6) -> str:

@@ -46,9 +46,7 @@ def export(model: Model, out: Path | str, backend: Format = "aot", cameras: int 
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return (
-        f"{out}: {model.name}, {files}\ncompared with eager, encoder and decoder over made-up drives: {difference}"
-    )
+    return f"{out}: {model.name}, {files}\ncompared with eager, encoder and decoder over made-up drives: {difference}"
 
 
 def build_onnx(parts: Parts, folder: Path) -> dict[str, Run]:
@@ -67,15 +65,16 @@ def build_onnx(parts: Parts, folder: Path) -> dict[str, Run]:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     runs = {}
     for part in parts.modules:
-        program, path = plain(parts.program(part)), folder / f"{part}.onnx"
-        names = {"input_names": _inputs(parts, part), "output_names": _outputs(program)}
-        try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # of what torch's exporter does without
+        path = folder / f"{part}.onnx"
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what torch's exporters do without
+            program = plain(parts.program(part))
+            names = {"input_names": _inputs(parts, part), "output_names": _outputs(program)}
+            try:
                 torch.onnx.export(program, dynamo=True, verbose=False, **names).save(str(path))
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as problem:  # compilers fail in any way
-            raise Unfit(f"export: the {part} cannot be had in ONNX: {_lacking(problem)}") from problem
+                session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            except Exception as problem:  # compilers fail in any way
+                raise Unfit(f"export: the {part} cannot be had in ONNX: {_lacking(problem)}") from problem
         runs[part] = _run(session, parts.system.mean.device)
     return runs
 

@@ -1,7 +1,7 @@
-"""Operators that other runtimes lack, said in those that they have: other programs that tell the same numbers.
+"""Operators that other runtimes lack, said in those that they have: another program that tells the same numbers.
 
-ONNX has no words for distances among points, a search in sorted numbers and counts, and says a sum over rows
-(`embedding_bag`) as a loop. TensorRT's converters lack the last three, too.
+torch's exporter to ONNX (2.13) has no words for distances among points, a search in sorted numbers and counts, and says
+sums over rows (`embedding_bag`) as a loop over the sums. TensorRT's converters lack the last three, too.
 """
 
 import torch
@@ -17,7 +17,7 @@ def plain(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
 
 
 def _cdist(one: Tensor, other: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
-    """(..., M, D) and (..., N, D) -> (..., M, N), by differences, axis after axis: D times the distances need not fit."""
+    """(..., M, D) and (..., N, D) -> (..., M, N), by differences, one axis after the other: D times M N may not fit."""
     assert p == 2, p
     apart = (one[..., :, None, i] - other[..., None, :, i] for i in range(one.shape[-1]))
     return sum(difference * difference for difference in apart).sqrt()
