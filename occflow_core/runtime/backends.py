@@ -101,7 +101,8 @@ def check_backend(model: Model, backend: str) -> None:
         raise ValueError(f"{model.name} runs eager alone: what it makes of LiDAR points is not exported")
     if backend == "tensorrt":
         if model.device.type != "cuda":
-            raise ValueError(f"backend tensorrt needs an NVIDIA GPU, the model is on {model.device}")
+            told = "`occflow export MODEL --coverage` tells what it would run"
+            raise ValueError(f"backend tensorrt needs an NVIDIA GPU, the model is on {model.device}; {told}")
         try:
             import torch_tensorrt  # noqa: F401
         except ImportError as problem:

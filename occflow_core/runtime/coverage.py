@@ -4,12 +4,15 @@ Where torch_tensorrt is installed its own registry is asked, node by node; else 
 alone. What no converter is for stays with PyTorch, and cuts an engine in two.
 """
 
+import math
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from .backends import Parts, check_backend
@@ -18,23 +21,30 @@ from .plain import plain
 
 LIST = Path(__file__).with_name("tensorrt_converters.txt")
 aten = torch.ops.aten
+
+
+def _var(values: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False):
+    away = values - values.mean(dim, keepdim=True)
+    count = math.prod(values.shape[d] for d in (range(values.ndim) if dim is None else dim))
+    return (away * away).sum(dim, keepdim=keepdim) / (count - (1 if correction is None else correction))
+
+
 # torch_tensorrt (2.13.0: its disabled decompositions, attention, a pass that makes poolings whole again) takes whole:
 WHOLE = (
     *(aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default, aten._softmax.default),
-    *(aten.max_pool2d.default, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec),
+    *(aten.max_pool2d.default, aten.all.dim, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec),
 )
 # and in parts, beside what core ATen has not:
-OTHERS = [aten.var, aten.linalg_vector_norm, aten.repeat, aten.clamp_min, aten.clamp_max]
-IN_PARTS = torch._decomp.get_decompositions(OTHERS) | {
+IN_PARTS = torch._decomp.get_decompositions([aten.linalg_vector_norm, aten.repeat, aten.clamp_min, aten.clamp_max]) | {
+    aten.var.correction: _var,
     aten.alias.default: lambda values: values,
     aten.full_like.default: lambda values, fill, dtype=None, **_: values.new_full(values.shape, fill, dtype=dtype),
 }
-# no work: checks of shapes, which torch_tensorrt takes out, and a part of a result
-NOTHING = {"aten._assert_scalar.default", "aten._assert_tensor_metadata.default", "aten._assert_async.msg"} | {
-    "aten.sym_constrain_range_for_size.default",
-    "aten.sym_constrain_range.default",
-    "operator.getitem",
-}
+# checks of sizes and types: it takes them out
+CHECKS = (
+    *(aten._assert_scalar.default, aten._assert_tensor_metadata.default),
+    *(aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default),
+)
 Asked = Callable[[Node], bool]
 
 
@@ -49,7 +59,8 @@ class Coverage:
         kinds, nodes = len(self.nodes), self.nodes.total()
         known, run = kinds - len(self.missing), nodes - self.missing.total()
         left = ", ".join(f"{count} {name}" for name, count in sorted(self.missing.items()))
-        told = f"{known} of {kinds} kinds of operators, {run} of {nodes} nodes ({run / max(nodes, 1):.1%})"
+        share = math.floor(1000 * run / max(nodes, 1)) / 10  # 100 % is all of them
+        told = f"{known} of {kinds} kinds of operators, {run} of {nodes} nodes ({share} %)"
         return told + (f"; PyTorch runs {left}" if left else "")
 
 
@@ -79,22 +90,27 @@ def converters() -> tuple[Asked, str]:
 
 
 def lowered(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """In the operators that torch_tensorrt sees: core ATen, but for what it takes whole or in parts."""
+    """In the operators that torch_tensorrt sees: core ATen, but for what it takes whole, in parts or out."""
     table = torch.export.default_decompositions()
     table.update(IN_PARTS)
-    for operator in WHOLE:
-        table.pop(operator, None)
-    return program.run_decompositions(table)
+    for whole in WHOLE:
+        table.pop(whole, None)
+    program = program.run_decompositions(table)
+    for node in list(program.graph.nodes):
+        if node.target in CHECKS:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    return program
 
 
 def covered(program: torch.export.ExportedProgram, asked: Asked) -> Coverage:
-    """Of what depends on the inputs: the rest is computed once, before an engine is built."""
+    """Of what depends on the inputs (the rest is computed once, before an engine is built) and computes something."""
     given = set(program.graph_signature.user_inputs)
     nodes, missing, moving = Counter(), Counter(), set()
     for node in program.graph.nodes:
         if node.name in given or any(i in moving for i in node.all_input_nodes):
             moving.add(node)
-        if node in moving and node.op == "call_function" and name_of(node) not in NOTHING:
+        if node in moving and node.op == "call_function" and node.target is not operator.getitem:
             nodes[name_of(node)] += 1
             missing[name_of(node)] += not asked(node)
     return Coverage(nodes, +missing)

@@ -164,7 +164,7 @@ def test_without_torch_tensorrt_operators_are_looked_up_in_the_list_that_ships(m
     found = coverage.covered(lowered(), asked)
     assert found.nodes == {"aten.mul.Tensor": 1, "aten.max.dim": 1, "aten.erfinv.default": 2, "aten.add.Tensor": 1}
     assert found.missing == {"aten.erfinv.default": 2}
-    assert str(found) == "3 of 4 kinds of operators, 3 of 5 nodes (60.0%); PyTorch runs 2 aten.erfinv.default"
+    assert str(found) == "3 of 4 kinds of operators, 3 of 5 nodes (60.0 %); PyTorch runs 2 aten.erfinv.default"
 
 
 def test_with_torch_tensorrt_its_registry_is_asked_node_by_node(monkeypatch):
@@ -210,7 +210,7 @@ def test_the_coverage_of_a_model_tells_encoder_and_decoder_and_writes_nothing(tm
     first, encoder, decoder = coverage.coverage(opus(), CAMERAS).splitlines()
     assert first.startswith("opus-small in TensorRT") and "nothing was run" in first
     assert encoder.startswith("encoder: ") and decoder.startswith("decoder: ")
-    assert encoder.endswith("(100.0%)") and decoder.endswith("(100.0%)")
+    assert encoder.endswith("(100.0 %)") and decoder.endswith("(100.0 %)")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="eager alone"):
         coverage.coverage(load("opus-fusion-nano"))
