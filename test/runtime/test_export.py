@@ -12,7 +12,7 @@ from systems.rig import drive
 from torch import nn
 from torch.nn import functional as F
 
-from occflow_core.runtime import coverage, load
+from occflow_core.runtime import Model, coverage, load
 from occflow_core.runtime import export as module
 from occflow_core.runtime.backends import Engine, Parts
 from occflow_core.runtime.export import export
@@ -21,7 +21,7 @@ from occflow_core.runtime.plain import OPERATORS, plain
 aten = torch.ops.aten
 
 
-def onnx_of(model, folder, cameras) -> Parts:
+def onnx_of(model, folder, cameras) -> Model:
     """The model as the files of a folder, by ONNX Runtime and the names that are promised."""
     ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     encoder, decoder = (ort.InferenceSession(str(folder / f"{part}.onnx")) for part in ("encoder", "decoder"))
@@ -74,7 +74,8 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path):
         def forward(self, x):
             return {"told": x.polygamma(2)}
 
-    parts = Parts(nn.Module(), CAMERAS, {"decoder": Digits()}, {"decoder": (torch.rand(3),)}, (), None)
+    parts = Parts.of(opus().system, CAMERAS)
+    parts = replace(parts, modules={"decoder": Digits()}, inputs={"decoder": (torch.rand(3),)})
     with pytest.raises(ValueError, match="the decoder cannot be had in ONNX: it has no operator for aten.polygamma"):
         module.build_onnx(parts, tmp_path)
 
