@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
@@ -19,7 +19,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,7 +142,12 @@ def _full_prediction() -> Prediction:
 
 
 def bench_model(
-    sets: int, model: str, weights: Path | None = None, device: str = "cpu", backend: str = "eager"
+    sets: int,
+    model: str,
+    weights: Path | None = None,
+    device: str = "cpu",
+    backend: str = "eager",
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """What a network costs from six pictures of 1600 x 900 (and a made-up LiDAR scan, if it takes one) to voxels,
     streaming at 2 Hz. Stages, each in ms (p50, p95, p99):
@@ -155,7 +159,7 @@ def bench_model(
     from .runtime import Stream, built, load
     from .runtime.stream import made_up_points
 
-    loaded = built(load(model, weights, device), backend, cameras=len(pattern.NAMES))
+    loaded = built(load(model, weights, device), backend, len(pattern.NAMES), precision)
     config = loaded.system.config
     points = made_up_points(config) if config.sweeps else None
     stream, stages, warm_up = Stream(loaded), {}, config.frames
@@ -168,8 +172,8 @@ def bench_model(
     threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     parameters = sum(p.numel() for p in loaded.system.parameters())
     return {
-        "what": f"{loaded.name}, {backend}, {parameters / 1e6:.1f} M parameters, {sets} sets, {threads}, "
-        f"process of {memory} MB",
+        "what": f"{loaded.name}, {backend} in {precision}, {parameters / 1e6:.1f} M parameters, {sets} sets, "
+        f"{threads}, process of {memory} MB",
         "machine": machine(),
         "ms": {name: _percentiles(seconds) for name, seconds in stages.items()},
         "memory MB": memory,
@@ -289,8 +293,9 @@ def write_json(path: Path, content: Any) -> None:
 
 # ---- streams: models x backends x precisions x devices --------------------------------------------------------------
 
-PRECISIONS = ("float32", "bf16")
+PRECISIONS = ("float32", "bf16")  # unless told otherwise
 PICTURE = (198, 352)  # pixels, as in the demo's recording
+PLAIN = ("eager", "float32")  # what others are compared with
 FEW = 3  # steps that are also computed from their whole window
 STAGES = ("prepare", "network", "voxels", "visibility", "total")
 CANNOT = (ValueError, RuntimeError, ArithmeticError, MemoryError, ImportError)  # what ends a row, not the table
@@ -319,7 +324,7 @@ def bench_stream(
 
     from .data import pattern
     from .runtime import Stream, load
-    from .runtime.backends import Backend, check_backend, known
+    from .runtime.backends import Backend, Precision, check_backend, known
     from .runtime.cache import key
     from .runtime.load import parse
 
@@ -327,10 +332,10 @@ def bench_stream(
         raise ValueError(f"bench: steps must be at least 1, got {steps}")
     if not models:
         raise ValueError("bench: name at least one model")
-    for what, given, all_ in (("backend", backends, get_args(Backend)), ("precision", precisions, PRECISIONS)):
+    for what, given, kind in (("backend", backends, Backend), ("precision", precisions, Precision)):
         for word in given:
-            if word not in all_:
-                raise ValueError(f"bench: {what} must be one of {', '.join(all_)}, got {word!r}")
+            if word not in get_args(kind):
+                raise ValueError(f"bench: {what} must be one of {', '.join(get_args(kind))}, got {word!r}")
     for model in models:
         parse(model)
     for device in devices:
@@ -360,16 +365,14 @@ def bench_stream(
 
             try:
                 why = _absent(device)
-                if why is None and precision != "float32" and backend != "eager":
-                    why = "only eager runs under autocast, engines are built in float32"
                 if why is not None:
                     raise ValueError(why)
                 there = loaded[model] if device == "cpu" else load(model, device=device)
-                if backend != "eager":
+                if (backend, precision) != PLAIN:
                     check_backend(there, backend)
-                facts = known(there, backend, len(pattern.NAMES))
+                facts = known(there, backend, len(pattern.NAMES), precision)
                 del there  # what it takes is not the row's
-                facts |= {"autocast": precision, "steps": steps, "on": [figures["machine"], figures["what"]]}
+                facts |= {"steps": steps, "on": [figures["machine"], figures["what"]]}
                 row["key"] = key(facts)
                 if row["key"] in kept:
                     row = kept[row["key"]]
@@ -412,28 +415,6 @@ def _kept_rows(path: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-class Autocast(nn.Module):
-    """A system whose network runs under autocast in bfloat16; what it says is float32 again."""
-
-    def __init__(self, system: nn.Module):
-        super().__init__()
-        self.system, self.config, self.decode = system, system.config, system.decode
-
-    def forward(self, clip: Clip, memory: Any | None) -> tuple[Any, Any]:
-        with torch.autocast(clip.images.device.type, torch.bfloat16):
-            output, memory = self.system(clip, memory)
-        return _float32(output), memory
-
-
-def _float32(value: Any) -> Any:
-    """Tensors of half precision in dataclasses and sequences as float32; all else as it is."""
-    if isinstance(value, torch.Tensor):
-        return value.float() if value.dtype == torch.bfloat16 else value
-    if is_dataclass(value):
-        return replace(value, **{f.name: _float32(getattr(value, f.name)) for f in fields(value)})
-    return type(value)(map(_float32, value)) if isinstance(value, (tuple, list)) else value
-
-
 def _with_points(model, frames: Sequence[Frame]) -> list[Frame]:
     """The frames with a made-up LiDAR scan, where the model takes one."""
     from .runtime.stream import made_up_points
@@ -458,12 +439,8 @@ def _measured(
     from .runtime import Stream, built, load
 
     before = _memory_begins(device)
-    model = load(word, device=device)
-    if backend != "eager":
-        say("built or found")
-        model = built(model, backend, cameras=len(pattern.NAMES))
-    if precision == "bf16":
-        model = replace(model, system=Autocast(model.system).eval())
+    say("built or found")
+    model = built(load(word, device=device), backend, len(pattern.NAMES), precision)
     warm_up = model.system.config.frames
     frames = _with_points(model, frames)[: warm_up + steps + FEW]
     stream, stages = Stream(model), {name: [] for name in STAGES}
@@ -486,10 +463,10 @@ def _measured(
         "window": None,
         "from float32": None,
     }
-    if backend == "eager":  # an engine is made for one instant
+    if (backend, precision) == PLAIN:  # an engine is made for one instant
         say("from its whole window")
         told["window"] = _recomputed(stream, frames, told["ms"]["network"]["p50"])
-    if (backend, precision) != ("eager", "float32"):
+    else:
         say("compared")
         told["from float32"] = _apart(Stream(load(word, device=device)), Stream(model), frames[: warm_up + FEW])
     return told
@@ -619,13 +596,15 @@ def probed(device: str, precisions: Sequence[str] = PRECISIONS) -> dict[str, flo
 
     On a GPU float32 goes through TF32 where PyTorch lets convolutions do so.
     """
+    from .runtime.backends import ROUNDINGS
+
     gpu = torch.device(device).type == "cuda"
     told, matmul = {}, torch.backends.cuda.matmul
     edge, size = (8192, 2**30) if gpu else (1024, 2**28)
     before, matmul.allow_tf32 = matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         for precision in precisions:
-            kind = torch.bfloat16 if precision == "bf16" else torch.float32
+            kind = ROUNDINGS[precision].kind or torch.float32
             a = torch.full((edge, edge), 0.5, dtype=kind, device=device)
             given = torch.empty_like(a)
             told[precision] = round(2e-9 * edge**3 / _least(lambda a=a, to=given: torch.mm(a, a, out=to), device), 1)
@@ -726,7 +705,7 @@ def stream_table(figures: dict[str, Any]) -> str:
         lines.append("| " + " | ".join("–" if cell is None else str(cell) for cell in cells) + " |")
     lines.append("")
     for device, probes in figures["probes"].items():
-        peaks = ", ".join(f"{probes[p]} GFLOP/s in {p}" for p in PRECISIONS if p in probes)
+        peaks = ", ".join(f"{most} GFLOP/s in {p}" for p, most in probes.items() if p != "GB/s")
         lines.append(f"{device}, tried before: {peaks}, {probes['GB/s']} GB/s read and written by a copy.")
     lines += [
         "Stages: p50 / p95 / p99. Whole window: the network's time where it is given all its instants at each step, in "

@@ -229,10 +229,13 @@ def bench(
     backend: Annotated[
         Literal["eager", "compiled", "aot", "tensorrt"] | None, "model: what runs it; without: eager"
     ] = None,
+    precision: Annotated[
+        Literal["float32", "bf16", "fp16"] | None, "model: of the network's products; without: float32"
+    ] = None,
     steps: Annotated[int | None, "stream: steps to measure of each; without: 30"] = None,
     models: Annotated[tuple[str, ...], "stream: their names; without: opus-demo"] = (),
     backends: Annotated[tuple[str, ...], "stream: of eager, compiled, aot, tensorrt; without: eager"] = (),
-    precisions: Annotated[tuple[str, ...], "stream: of float32, bf16 (autocast, eager alone); without: both"] = (),
+    precisions: Annotated[tuple[str, ...], "stream: of float32, bf16, fp16; without: the first two"] = (),
     devices: Annotated[tuple[str, ...], "stream: e.g. cpu cuda; without: the CPU, and a GPU if there is one"] = (),
     out: Annotated[
         Path | None, "also write the figures there as JSON; stream: after each row, and goes on where it was cut off"
@@ -248,6 +251,7 @@ def bench(
         "weights": ("model",),
         "device": ("model", "metrics"),
         "backend": ("model",),
+        "precision": ("model",),
         "steps": ("stream",),
         "models": ("stream",),
         "backends": ("stream",),
@@ -255,7 +259,7 @@ def bench(
         "devices": ("stream",),
     }
     options = {"sets": sets, "pictures": pictures, "model": model, "weights": weights, "device": device}
-    options |= {"backend": backend, "steps": steps, "models": models, "backends": backends}
+    options |= {"backend": backend, "precision": precision, "steps": steps, "models": models, "backends": backends}
     options |= {"precisions": precisions, "devices": devices}
     for option, given in options.items():
         if given not in (None, ()) and what not in takers[option]:
@@ -269,7 +273,8 @@ def bench(
     if what == "node":
         figures = bench_node(sets, pictures)
     elif what == "model":
-        figures = bench_model(sets, model or "opus-demo", weights, device or "cpu", backend or "eager")
+        how = (device or "cpu", backend or "eager", precision or "float32")
+        figures = bench_model(sets, model or "opus-demo", weights, *how)
     else:
         figures = bench_metrics(sets, device or "cpu")
     print(table(figures))
@@ -316,6 +321,10 @@ def evaluate(
     submission: Annotated[bool, "also write the challenge's file (OpenOcc labels)"] = True,
     sign: Annotated[tuple[str, ...], "field=value of that file, e.g. team=Us"] = (),
     device: Annotated[str | None, "where the network runs; without: a GPU if there is one"] = None,
+    backend: Annotated[
+        Literal["eager", "compiled", "aot", "tensorrt"], "what runs the network, as in the node"
+    ] = "eager",
+    precision: Annotated[Literal["float32", "bf16", "fp16"], "of the network's products"] = "float32",
     keep_going: Annotated[bool, "count keyframes that cannot be scored instead of stopping"] = False,
 ) -> None:
     """Scores of weights on a recipe's validation split, beside what costs nothing to predict; also under torchrun."""
@@ -331,6 +340,8 @@ def evaluate(
     signed = dict(_field(text) for text in sign)
     if checkpoint is None and against is None and not make_average:
         raise ValueError("evaluate: name the weights, or ask for --against truth or --make-average")
+    if (checkpoint is None or make_average) and (backend, precision) != ("eager", "float32"):
+        raise ValueError("evaluate: --backend and --precision are for a network that is scored: name its weights")
     if sign and (not submission or run.data.labels != "openocc"):
         raise ValueError("evaluate: --sign is for the challenge's file, which needs OpenOcc labels and --submission")
     with joined(device) as processes:
@@ -350,6 +361,8 @@ def evaluate(
                 absent=absent,
                 over=over,
                 device=processes.device,
+                backend=backend,
+                precision=precision,
                 keep_going=keep_going,
             )
             said = f"{table(report)}\n\nin {out}"

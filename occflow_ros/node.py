@@ -156,6 +156,7 @@ class OccupancyNode(LifecycleNode):
         self.health = Health(s.cameras, self._model.name, quiet, sweeps > 0, s.min_cameras, s.clock_jump)
         self.health.tell("trained", str(self._model.trained).lower())
         self.health.tell("backend", s.backend)
+        self.health.tell("precision", s.precision)
         self.health.tell("weights SHA-256", (self._model.weights or "none: random")[:HASH])
         self._transforms = frames.buffer(jump=s.clock_jump)
         self._calibrations, self._infos = [None] * len(s.cameras), [None] * len(s.cameras)
@@ -213,7 +214,7 @@ class OccupancyNode(LifecycleNode):
         s = self.settings
         model = load(s.model, s.weights or None, device=_device(s.device))
         with _retold(self.get_logger()):
-            self._model = built(model, s.backend, len(s.cameras))
+            self._model = built(model, s.backend, len(s.cameras), s.precision)
         self._stream = Stream(self._model, longest_gap=s.longest_gap)
         self._stream.warm_up(s.cameras)
 

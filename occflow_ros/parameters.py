@@ -54,6 +54,10 @@ class Settings:
     backend: str = _parameter(
         "eager", "what runs the network: eager, compiled, aot or tensorrt; the last two are built once and kept"
     )
+    precision: str = _parameter(
+        "float32",
+        "of the network's products: float32, bf16 or fp16; half is compared with float32 before it answers",
+    )
     threads: int = _parameter(0, "CPU threads of the network; 0: PyTorch's choice", 0, 256)
     camera_rate: float = _parameter(12.0, "Hz of each camera", 0.1, 240)
     sync: str = _parameter(

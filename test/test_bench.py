@@ -95,8 +95,6 @@ def test_every_kind_of_network_is_counted(made):
     weights = 4 * sum(p.numel() for p in model.system.parameters())
     counts = bench.counted(model, list(bench_frames(1)))
     assert counts["GFLOP"] > 0 and counts["MB"] * 1e6 > weights
-    said = Stream(replace(model, system=bench.Autocast(model.system))).step(*bench_frames(1))
-    assert said.score.dtype == torch.float32
 
 
 def bench_frames(count):
@@ -119,7 +117,7 @@ def test_a_row_for_each_combination_and_a_reason_where_it_cannot_be_had(figures)
     both = [("eager", "float32"), ("eager", "bf16"), ("tensorrt", "float32"), ("tensorrt", "bf16")]
     assert told == [(device, *words) for device in ("cpu", "cuda:77") for words in both]
     why = [row["why"] for row in figures["rows"]]
-    assert why[:2] == [None, None] and "needs an NVIDIA GPU" in why[2] and "only eager" in why[3]
+    assert why[:2] == [None, None] and "needs an NVIDIA GPU" in why[2] and why[3] == why[2]
     assert all("sees no cuda:77" in reason for reason in why[4:])
     assert figures["finished"] and set(figures["probes"]) == {"cpu"}
 
@@ -142,7 +140,8 @@ def test_the_table_has_the_numbers_of_the_json(figures):
             assert 0 < ms["p50"] <= ms["p95"] <= ms["p99"]
         for name in ("steps/s", "GFLOP", "MB", "floor ms", "memory MB"):
             assert cells[name] == str(row[name]) and row[name] >= 0
-        assert cells["whole window"] == f"{row['window']['times']} x"
+        whole = f"{row['window']['times']} x" if row["precision"] == "float32" else "–"
+        assert cells["whole window"] == whole
         assert cells["model"] == "opus-least (untrained)"
     probes = figures["probes"]["cpu"]
     assert f"{probes['float32']} GFLOP/s in float32, {probes['bf16']} GFLOP/s in bf16" in "\n".join(table)
@@ -160,7 +159,7 @@ def test_the_floor_is_the_longer_of_operations_at_the_peak_and_bytes_at_the_band
 def test_the_stream_says_what_its_whole_window_says(figures):
     exact, half = (row["window"] for row in figures["rows"][:2])
     assert exact["labels differ"] < 0.01 and exact["times"] > 0
-    assert half["labels differ"] < 0.05
+    assert half is None, "an engine takes one instant"
 
 
 def test_half_precision_is_measured_against_float32_on_the_same_drive(figures):
@@ -173,7 +172,7 @@ def test_half_precision_is_measured_against_float32_on_the_same_drive(figures):
 
 
 def test_an_engine_has_a_row_of_its_own_without_a_whole_window(monkeypatch):
-    def built(model, backend, cameras):
+    def built(model, backend, cameras, precision):
         parts = Parts.of(model.system, cameras)
         return replace(model, system=Engine(parts, parts.modules))  # as an engine, but nothing is compiled
 
@@ -218,7 +217,7 @@ def test_a_run_that_was_cut_off_keeps_its_rows_and_a_finished_one_is_measured_an
     [
         (("--models", "opus-domo"), "the nearest is 'opus-demo'"),
         (("--backends", "eager", "magic"), "backend must be one of eager, compiled, aot, tensorrt, got 'magic'"),
-        (("--precisions", "int8"), "precision must be one of float32, bf16, got 'int8'"),
+        (("--precisions", "int8"), "precision must be one of float32, bf16, fp16, got 'int8'"),
         (("--devices", "toaster"), "devices are cpu, cuda, cuda:1 and so on, got 'toaster'"),
         (("--steps", "0"), "steps must be at least 1, got 0"),
         (("--sets", "3"), "--sets is for node and model and metrics, not for stream"),

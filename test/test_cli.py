@@ -35,11 +35,14 @@ def occflow(*arguments: str) -> subprocess.CompletedProcess:
         (("bench", "node", "--model", "opus-demo"), "--model is for model, not for node"),
         (("bench", "metrics", "--backend", "aot"), "--backend is for model, not for metrics"),
         (("bench", "model", "--model", "opus-nano", "--backend", "tensorrt"), "needs an NVIDIA GPU"),
+        (("bench", "stream", "--precision", "bf16"), "--precision is for model, not for stream"),
         (("bench", "model", "--sets", "0"), "--sets must be at least 1"),
         (("bench", "model", "--weights", "nowhere.safetensors"), "nowhere.safetensors"),
         (("bench", "model", "--model", "opus-domo"), "opus-demo"),
         (("evaluate", "domo", "a.safetensors"), "nearest is 'demo'"),
         (("evaluate", "demo"), "--against truth or --make-average"),
+        (("evaluate", "demo", "--against", "truth", "--precision", "bf16"), "name its weights"),
+        (("evaluate", "demo", "a.safetensors", "--make-average", "--backend", "aot"), "name its weights"),
         (("evaluate", "demo", "a.safetensors", "--sign", "team"), "expected field=value, got 'team'"),
         (("evaluate", "demo", "--against", "truth", "--set", "data.root=nowhere", "data.world=none"), "nowhere"),
         (("demo", "--seconds", "0"), "no second keyframe"),
@@ -164,6 +167,15 @@ def test_evaluate_scores_weights_beside_baselines_and_makes_the_map_that_ships_w
     assert (out / "submission.gz").is_file()
     again = occflow("evaluate", "demo", weights, "--out", out, "--sign", "team=us", "--set", *settings)
     assert again.returncode == 0 and again.stdout == ended.stdout
+    half = ("evaluate", "demo", weights, "--precision", "bf16", "--set", *settings, "--out")
+    refused = occflow(*half, out)
+    assert refused.returncode == 1 and "made of other weights, labels or settings" in refused.stderr
+    told = occflow(*half, tmp_path / "half")
+    assert told.returncode == 0 and "network eager in bf16" in told.stdout, told
+    scores = [
+        json.loads((folder / "scores.json").read_text())["scores"]["model"] for folder in (out, tmp_path / "half")
+    ]
+    assert scores[0]["mIoU"] != scores[1]["mIoU"] == pytest.approx(scores[0]["mIoU"], abs=0.02)
     alone = occflow("evaluate", "demo", "--out", tmp_path / "self", "--against", "truth", "--set", *settings)
     assert alone.returncode == 0 and "opus" not in alone.stdout and "average world" in alone.stdout
     assert not (tmp_path / "self" / "submission.gz").exists() and (tmp_path / "self" / "average.safetensors").exists()

@@ -25,7 +25,7 @@ from ..metrics import Scores, hits, origins
 from ..metrics.flow_error import Over
 from ..metrics.miou import Absent
 from ..metrics.scores import total
-from ..runtime import Model, Stream, load
+from ..runtime import Model, Stream, built, load
 from ..types import OCC3D, OPENOCC, Classes, Frame, Occupancy, Prediction
 from . import share, submission
 from .average import average_world
@@ -96,6 +96,8 @@ class Job:
             "labels": self.labels,
             "model": self.model and self.model.name,
             "weights": self.model and self.model.weights,
+            "backend": self.model and self.model.backend,
+            "precision": self.model and self.model.precision,
             "average": average,
             "rows": self.rows,
             "sweeps": self.sweeps,
@@ -221,6 +223,8 @@ def table(report: dict[str, Any]) -> str:
     told = report["samples expected"] - report["samples missing"]
     rules = [] if all(r["absent classes"] == "zero" for r in scores.values()) else ["absent classes left out"]
     rules += [] if all(r["flow"]["over"] == "right" for r in scores.values() if "flow" in r) else ["AVE over all rays"]
+    if (report["backend"], report["precision"]) not in ((None, None), ("eager", "float32")):
+        rules.append(f"network {report['backend']} in {report['precision']}")
     panoptic = any("RayPQ" in result for result in scores.values())
     lines = [
         f"{told} of {report['samples expected']} keyframes in {report['scenes']} drives, labels {report['labels']} of "
@@ -290,6 +294,8 @@ def evaluate_run(
     absent: Absent = "zero",
     over: Over = "right",
     device: str | torch.device = "cpu",
+    backend: str = "eager",
+    precision: str = "float32",
     keep_going: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -297,16 +303,19 @@ def evaluate_run(
 
     checkpoint: what `runtime.load` takes; None: baselines alone. against_truth: also make sure that the truth scores
     100 % against itself. average: file of the average world; None: the one beside the checkpoint or in `out`, and
-    where there is none it is made of the training split and kept in `out`. device: where the network runs.
+    where there is none it is made of the training split and kept in `out`. device: where the network runs; backend and
+    precision: how, as `runtime.built` has them.
 
-    ValueError: as `evaluate_into`, `runtime.load` and `average.load` have it; scenes that the data set lacks.
-    RuntimeError: the truth is not 100 % against itself.
+    ValueError: as `evaluate_into`, `runtime.load`, `runtime.built` and `average.load` have it; scenes that the data set
+    lacks. RuntimeError: the truth is not 100 % against itself.
     """
     world = opened(run, progress)
     unknown = sorted(set(scenes) - set(world.scenes))
     if unknown:
         raise ValueError(f"{world.folder} has no scene {', '.join(unknown)}; it has {', '.join(world.scenes[:5])} ...")
-    model = None if checkpoint is None else load(run.model, checkpoint, device)
+    model = None
+    if checkpoint is not None:
+        model = built(load(run.model, checkpoint, device), backend, len(world.cameras), precision)
     usual, source = _average(run, world, checkpoint, out, average, progress)
     job = Job(world, run.data.labels, model, usual, sweeps=sweeps, keep_going=keep_going)
     chosen = tuple(scenes) or world.split(run.data.val)

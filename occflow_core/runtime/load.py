@@ -32,6 +32,8 @@ class Model:
     trained: bool
     resize: str  # how its pictures must be resized: a word of `prepare.RESIZES`
     weights: str | None  # SHA-256 of the file of the weights
+    backend: str = "eager"  # what runs it, and in which precision: words of `runtime.built`
+    precision: str = "float32"
 
     @property
     def device(self) -> torch.device:

@@ -102,7 +102,9 @@ def test_configure_can_fail_and_then_succeed_in_the_same_process_and_all_is_give
     assert subscriptions() == before
     node.set_parameters([Parameter("model", value="opus-nano"), Parameter("backend", value="fast")])
     assert node.trigger_configure() == Result.FAILURE, "no other backend in the stead of one that cannot be had"
-    node.set_parameters([Parameter("backend", value="eager")])
+    node.set_parameters([Parameter("backend", value="eager"), Parameter("precision", value="half")])
+    assert node.trigger_configure() == Result.FAILURE
+    node.set_parameters([Parameter("precision", value="float32")])
     for _ in range(2):
         assert node.trigger_configure() == Result.SUCCESS
         (refused,) = node.set_parameters([Parameter("model", value="opus-tiny")])
@@ -147,7 +149,7 @@ def test_the_way_to_make_sets_is_one_of_the_known_words_and_what_it_costs_is_sai
 
 
 @pytest.mark.dds
-def test_the_network_is_run_by_the_backend_that_is_asked_for(node, monkeypatch):
+def test_the_network_is_run_by_the_backend_and_in_the_precision_that_are_asked_for(node, monkeypatch):
     from rclpy.lifecycle import TransitionCallbackReturn as Result
     from rclpy.parameter import Parameter
 
@@ -155,10 +157,12 @@ def test_the_network_is_run_by_the_backend_that_is_asked_for(node, monkeypatch):
 
     asked = []
     monkeypatch.setattr(module, "built", lambda model, *how: asked.append((model.name, *how)) or model)
-    node.set_parameters([Parameter("model", value="opus-nano"), Parameter("backend", value="aot")])
+    given = {"model": "opus-nano", "backend": "aot", "precision": "bf16"}
+    node.set_parameters([Parameter(name, value=word) for name, word in given.items()])
     assert node.trigger_configure() == Result.SUCCESS
-    assert asked == [("opus-nano (untrained)", "aot", 6)]
-    assert node.health.report(0.0)[0].values["backend"] == "aot"
+    assert asked == [("opus-nano (untrained)", "aot", 6, "bf16")]
+    told = node.health.report(0.0)[0].values
+    assert (told["backend"], told["precision"]) == ("aot", "bf16")
 
 
 @pytest.mark.dds

@@ -16,6 +16,7 @@ from systems import small, small_sparse, small_v2
 from systems.rig import drive, frame
 from torch import nn
 
+from occflow_core.nn import BACKBONES
 from occflow_core.runtime import Model, Stream, backends, built, load
 from occflow_core.runtime.backends import ENGINE, Difference, Engine, Parts, differ, known
 from occflow_core.runtime.cache import Unfit, key
@@ -23,7 +24,7 @@ from occflow_core.runtime.export import export
 from occflow_core.systems.base import seeded
 from occflow_core.systems.sparseocc import SparseOcc4D
 
-CAMERAS = 3
+CAMERAS, HALF = 3, ("bf16", "fp16")
 
 
 def opus(seed=0) -> Model:
@@ -51,21 +52,24 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(cache) -> Model:
     """The smallest OPUS as an engine."""
-    return built(opus(), "aot", CAMERAS, cache)
+    return built(opus(), "aot", CAMERAS, cache=cache)
 
 
 def equal_on_a_drive(eager: Model, other: Model, frames, within=1e-3):
     """Frames of a drive, so that there is a memory: labels, scores and velocities are those of eager."""
     mine, theirs = Stream(eager), Stream(other)
     for f in frames:
-        expected, told = mine.step(f), theirs.step(f)
-        filled = (expected.labels != expected.classes.free) | (told.labels != told.classes.free)
-        assert filled.sum() > 20, "nothing is said: nothing is compared"
-        assert (expected.labels != told.labels).sum() <= within * filled.sum()
-        assert (expected.score - told.score).abs()[filled].mean() < within
-        assert (expected.flow - told.flow).abs()[filled].mean() < 10 * within
-        assert torch.equal(expected.unobserved, told.unobserved) or within > 1e-3
+        alike(mine.step(f), theirs.step(f), within)
     assert len(theirs.memory.lanes[0]) > 1
+
+
+def alike(expected, told, within):
+    filled = (expected.labels != expected.classes.free) | (told.labels != told.classes.free)
+    assert filled.sum() > 20, "nothing is said: nothing is compared"
+    assert (expected.labels != told.labels).sum() <= within * filled.sum()
+    assert (expected.score - told.score).abs()[filled].mean() < within
+    assert (expected.flow - told.flow).abs()[filled].mean() < 10 * within
+    assert torch.equal(expected.unobserved, told.unobserved) or within > 1e-3
 
 
 # ---- what becomes a program
@@ -112,6 +116,83 @@ def test_rows_are_compared_by_their_places():
     assert differ((places, values), (other, values)).mean == pytest.approx(1.0)
 
 
+# ---- precisions
+
+
+@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("system", SMALL)
+def test_in_half_precision_it_says_nearly_what_float32_says_over_a_drive(system, precision):
+    model = SMALL[system]()
+    made = built(model, "eager", CAMERAS, precision)
+    assert (made.backend, made.precision) == ("eager", precision)
+    frames = drive(4, every=0.3)
+    frames[3] = frame(at=0.9, seed=3, x=3.6, yaw=0.09, used=[True, False, True])
+    if system != "sparseocc4d":  # untrained, its masks are so alike that the least change takes another for each voxel
+        equal_on_a_drive(model, made, frames, within=0.1)
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_what_goes_between_the_parts_is_not_half_but_rounded_on_its_way(precision):
+    half, exact = (Parts.of(opus().system, CAMERAS, word) for word in (precision, "float32"))
+    for part, inputs in exact.inputs.items():
+        with torch.inference_mode():
+            told, expected = half.modules[part](*inputs), exact.modules[part](*inputs)
+        assert {name: t.dtype for name, t in told.items()} == {name: t.dtype for name, t in expected.items()}
+        assert max(differ((None, expected[name]), (None, told[name])).mean for name in told) > 1e-4
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_a_drive_goes_on_in_another_precision(precision):
+    models = (opus(), built(opus(), "eager", CAMERAS, precision))
+    *past, now = drive(4, every=0.5)
+    for first, second in (models, models[::-1]):
+        one, other = Stream(first), Stream(second)
+        for f in past:
+            one.step(f)
+        other.memory, other.last = one.memory, one.last
+        told = other.step(now)
+        alike(one.step(now), told, within=0.1)
+        assert not torch.equal(Stream(second).step(now).score, told.score), "what is remembered says something"
+
+
+def test_a_precision_in_which_numbers_overflow_is_refused():
+    """Two layers in a row, one a million times larger and the next as much smaller: the same function."""
+    model, much = opus(), 1e6
+    with torch.no_grad():
+        for first, second in zip(model.system.neck.lateral, model.system.neck.output):
+            first.weight *= much
+            first.bias *= much
+            second.weight /= much
+    built(model, "eager", CAMERAS, "bf16")
+    with pytest.raises(ValueError, match="in fp16 on cpu: what it says is not what eager says"):
+        built(model, "eager", CAMERAS, "fp16")
+
+
+@pytest.mark.parametrize("name", ["resnet18-half", "efficientnet-lite0"])
+def test_norms_are_folded_into_the_convolutions_before_them(name):
+    backbone = BACKBONES[name]()
+    for i, norm in enumerate(m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
+        generator = torch.Generator().manual_seed(i)
+        for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    made = backends.folded(backbone.eval(), small.BRIEF)
+    assert not [m for m in made.modules() if isinstance(m, nn.BatchNorm2d)]
+    pictures = torch.rand(2, 3, small.BRIEF.height, small.BRIEF.width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for expected, told in zip(backbone(pictures), made(pictures), strict=True):
+            assert torch.allclose(told, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", HALF)
+def test_programs_round_as_the_parts_do(precision):
+    parts = Parts.of(opus().system, CAMERAS, precision)
+    for part, inputs in parts.inputs.items():
+        with torch.inference_mode():
+            told, expected = parts.program(part).module()(*inputs), parts.modules[part](*inputs)
+        assert all(torch.equal(told[name], value) for name, value in expected.items())
+
+
 # ---- backends
 
 
@@ -128,7 +209,7 @@ def test_an_engine_says_what_eager_says_over_a_drive(engine):
 def test_a_second_start_builds_nothing(engine, cache, monkeypatch, caplog):
     caplog.set_level(logging.WARNING, logger="occflow")
     monkeypatch.setattr(backends, "build_aot", lambda *_: pytest.fail("it is built again"))
-    again = built(opus(), "aot", CAMERAS, cache)
+    again = built(opus(), "aot", CAMERAS, cache=cache)
     assert caplog.messages == []
     equal_on_a_drive(engine, again, drive(2, every=0.5))
 
@@ -166,7 +247,7 @@ def test_an_engine_of_something_else_in_its_place_is_built_again(engine, cache, 
     copied.chmod(0o700)
     monkeypatch.setattr(backends, "build_aot", lambda parts, folder: builds.append(folder) or 1 / 0)
     with pytest.raises(ValueError, match="division by zero"):
-        built(other, "aot", CAMERAS, copied)
+        built(other, "aot", CAMERAS, cache=copied)
     assert len(builds) == 1 and "not what eager says" in caplog.text
 
 
@@ -194,7 +275,7 @@ def test_compiled_says_what_eager_says_over_a_drive():
 @pytest.mark.parametrize("name", ["opus-nano", "opus-demo", "opus-v2-nano", "sparseocc4d-nano"])
 def test_each_system_with_each_backend_says_what_eager_says(name, backend, tmp_path):
     model = load(name)
-    made = built(model, backend, 6, tmp_path / "engines")
+    made = built(model, backend, 6, cache=tmp_path / "engines")
     frames = drive(4, every=0.5, height=128, width=352, n=6)
     equal_on_a_drive(model, made, frames, within=1e-2 if "sparse" in name else 1e-3)
 
@@ -207,13 +288,17 @@ def test_what_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     assert built(model) is model is built(model, "eager", 99)
     with pytest.raises(ValueError, match="backend must be one of eager, compiled, aot, tensorrt, got 'fast'"):
         built(model, "fast")
+    with pytest.raises(ValueError, match="precision must be one of float32, bf16, fp16, got 'half'"):
+        built(model, precision="half")
+    with pytest.raises(ValueError, match="opus-fusion-nano .* eager alone, in float32"):
+        built(load("opus-fusion-nano"), precision="bf16")
     with pytest.raises(ValueError, match="tensorrt needs an NVIDIA GPU, the model is on cpu"):
         built(model, "tensorrt")
     with pytest.raises(ValueError, match="opus-fusion-nano .* eager alone"):
         built(load("opus-fusion-nano"), "aot")
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match="backend aot of opus-small on cpu: division by zero"):
-        built(model, "aot", CAMERAS, tmp_path)
+        built(model, "aot", CAMERAS, cache=tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 
@@ -249,9 +334,9 @@ def test_every_part_of_what_an_engine_is_built_from_changes_its_key(monkeypatch)
         known(replace(model, system=small.build(replace(small.BRIEF, height=96))), "aot", CAMERAS),
         known(model, "tensorrt", CAMERAS),
         known(model, "aot", 4),
+        *(known(model, "aot", CAMERAS, precision) for precision in HALF),
     ]
     for name, value in (
-        ("PRECISION", "bfloat16"),
         ("_device", lambda _: "another GPU"),
         ("_version", lambda package: "9.9" if package == "torch" else None),
         ("_version", lambda package: "9.9" if package == "tensorrt" else torch.__version__),
