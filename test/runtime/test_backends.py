@@ -206,6 +206,16 @@ def test_an_engine_says_what_eager_says_over_a_drive(engine):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_an_engine_in_half_precision_has_a_place_of_its_own_and_says_nearly_the_same(engine, cache):
+    made = built(opus(), "aot", CAMERAS, "bf16", cache)
+    places = [cache / key(known(opus(), "aot", CAMERAS, precision)) for precision in ("float32", "bf16")]
+    sizes = [(place / ("encoder" + ENGINE)).stat().st_size for place in places]
+    assert sizes[1] < sizes[0], "its weights are half as long"
+    equal_on_a_drive(opus(), made, drive(3, every=0.5), within=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_second_start_builds_nothing(engine, cache, monkeypatch, caplog):
     caplog.set_level(logging.WARNING, logger="occflow")
     monkeypatch.setattr(backends, "build_aot", lambda *_: pytest.fail("it is built again"))
