@@ -368,14 +368,24 @@ def _compiled(parts: Parts, part: str) -> Run:
 
 def build_aot(parts: Parts, folder: Path) -> None:
     """Packages encoder.pt2 and decoder.pt2, which `torch._inductor.aoti_load_package` or C++ runs."""
-    # dynamic threads: as many as the process has, not as this one had. Freezing: weights are rounded, and laid out for
-    # the CPU's kernels, while it is built and not at every step; PyTorch freezes only where no gradients are wanted
-    how = {"cpp.dynamic_threads": True, "freezing": parts.system.mean.device.type == "cpu"}
-    with torch.no_grad():
-        for part in parts.modules:
-            torch._inductor.aoti_compile_and_package(
-                parts.program(part), package_path=str(folder / (part + ENGINE)), inductor_configs=how
-            )
+    for part in parts.modules:
+        freezing = parts.system.mean.device.type == "cpu"
+        try:
+            _package(parts.program(part), folder / (part + ENGINE), freezing)
+        except RuntimeError as problem:
+            # PyTorch 2.13 drops a constant that SparseOcc's decoder still needs, while it freezes
+            if not freezing or "references nonexistent attribute" not in str(problem):
+                raise
+            log.info("%s: its weights are not frozen, PyTorch cannot", part)
+            _package(parts.program(part), folder / (part + ENGINE), freezing=False)
+
+
+def _package(program: torch.export.ExportedProgram, path: Path, freezing: bool) -> None:
+    """freezing: weights are rounded, and laid out for the CPU's kernels, while it is built and not at every step."""
+    # dynamic threads: as many as the process has, not as this one had
+    how = {"cpp.dynamic_threads": True, "freezing": freezing}
+    with torch.no_grad():  # else PyTorch does not freeze
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=how)
 
 
 def build_tensorrt(parts: Parts, folder: Path) -> None:
