@@ -58,6 +58,16 @@ def test_tensors_that_lie_in_memory_in_another_order_are_read_right():
     assert torch.equal(look(world), whole)
 
 
+def test_what_could_have_gradients_is_read_where_nobody_asks_for_them():
+    world = dict(WORLDS["float32, ours"])
+    whole = look(world)
+    for name in ("points", "weights"):
+        world[name] = torch.nn.Parameter(world[name].clone())
+    world["rows"] = [[torch.nn.Parameter(row.clone()) for row in lane] for lane in world["rows"]]
+    with torch.no_grad():
+        assert torch.equal(look(world), whole)
+
+
 def test_it_is_chosen_where_nobody_asks_for_gradients_or_looks_inside(monkeypatch):
     world, asked = WORLDS["float32, ours"], []
     monkeypatch.setattr(kernels, "sample", lambda *given: asked.append(1) or torch.zeros(()))
