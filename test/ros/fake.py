@@ -30,6 +30,7 @@ BEGIN = 1_700_000_000 * NANO  # ns
 HEIGHT, WIDTH, FOCAL = 90, 160, 100.0  # pixels: 77 degrees wide, so neighbours overlap a little
 SPEED = 10.0  # m/s, of the car
 PICTURES = 16  # different ones a camera has
+THINKING = "the network has begun"  # what the node prints as a process of its own
 
 
 # ---- the network
@@ -54,12 +55,15 @@ class Network(nn.Module):
         super().__init__()
         self.config, self.delay = Config(grid=grid), delay
         self.nothing = nn.Parameter(torch.zeros(1))
+        self.before: Callable[[], None] = lambda: None  # called as a step begins, the warm-up's apart
         self.failures: deque[Exception] = deque()  # what the next steps raise, the warm-up's apart
         self.spoilt = 0  # how many of the next steps say NaN
         self.used: list[list[bool]] = []  # the cameras of every step
 
     def forward(self, clip, memory):
         real = bool(clip.images.any())  # the warm-up's pictures are black
+        if real:
+            self.before()
         time.sleep(self.delay if real else 0.0)  # as a GPU does: other threads go on
         self.used.append(clip.used[0, 0].tolist())
         if self.failures and real:
@@ -392,6 +396,7 @@ def main() -> int:
     grid = OCC3D_GRID.coarser(int(os.environ.get("FAKE_COARSER", "1")))
     network = Network(float(os.environ.get("FAKE_DELAY", "0")), grid)
     network.failures.extend(MemoryError("none left") for _ in range(int(os.environ.get("FAKE_FAILURES", "0"))))
+    network.before = lambda: print(THINKING, flush=True)
     node.load = lambda *_, **__: model(network)
     return node.main()
 

@@ -703,12 +703,12 @@ class Process:
             "FAKE_FAILURES": str(failures),
         }
         command = [sys.executable, fake.__file__, "--ros-args", "-p", "use_sim_time:=true"]
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as this
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as this
         self.process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=subprocess.STDOUT)
 
     def said(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
+        log = self._log.fileno()
+        return os.pread(log, os.fstat(log).st_size, 0).decode()  # the process writes on where its last word ended
 
     def drive_until_answered(self, seconds: float = 60.0) -> None:
         stage, end, begun = self.stage, time.monotonic() + seconds, self.stage.stamp
@@ -721,6 +721,14 @@ class Process:
                 stage.car.info(name)
             stage.drive(1)
         assert answered(), self.end(signal.SIGKILL)[1]
+
+    def drive_until_said(self, words: str, seconds: float = 60.0) -> None:
+        end = time.monotonic() + seconds
+        while words not in self.said() and time.monotonic() < end:
+            for name in CAMERAS:
+                self.stage.car.info(name)
+            self.stage.drive(1)
+        assert words in self.said(), self.end(signal.SIGKILL)[1]
 
     def end(self, word: int) -> tuple[int, str]:
         self.process.send_signal(word)
@@ -764,9 +772,8 @@ def test_a_process_whose_memory_runs_out_for_good_ends_with_an_error(alone):
 
 @pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
 def test_it_is_stopped_while_the_network_thinks(alone, word):
-    node = Process(alone, delay=1.0)
-    node.drive_until_answered()
-    alone.drive(3)
+    node = Process(alone, delay=3.0)
+    node.drive_until_said(fake.THINKING)
     began = time.monotonic()
     code, said = node.end(word)
     assert code == 0 and "Traceback" not in said, said
@@ -775,11 +782,7 @@ def test_it_is_stopped_while_the_network_thinks(alone, word):
 
 def test_a_worker_that_hangs_does_not_keep_the_process(alone):
     node = Process(alone, delay=600.0)
-    end = time.monotonic() + 60
-    while int(alone.status()[2].get("sets complete", 0)) == 0 and time.monotonic() < end:
-        for name in CAMERAS:
-            alone.car.info(name)
-        alone.drive(1)
+    node.drive_until_said(fake.THINKING)  # a complete set is not enough: nobody listens yet, perhaps
     code, said = node.end(signal.SIGINT)
     assert code == 1 and "cannot be stopped" in said, said
 
