@@ -218,7 +218,7 @@ def _evidence(points: Tensor, view: View, sight: Sight) -> Tensor:
     read = view.now(said, sight.size).sample(*_asked(points), as_published=False)[:, :, 0]
     ranges, nothing, names = read.split([RANGES, 1, read.shape[-1] - RANGES - 1], dim=-1)
     step = _step(points)
-    low, share = step.long(), step.frac()[..., None]
+    low, share = step.nan_to_num().long(), step.frac()[..., None]  # of a point that is nowhere the share says so
     after = ranges.gather(-1, low[..., None] + 1) * share
     here = ranges.gather(-1, low[..., None]) * (1 - share) + after
     passed = torch.arange(RANGES, device=low.device) <= low[..., None]

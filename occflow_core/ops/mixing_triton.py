@@ -115,6 +115,12 @@ def _normal(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
+def _relu(x):
+    # not tl.maximum: of a number and NaN a GPU's takes the number, and what is wrong would look like an answer
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
 def _normal_back(gradient, x, growth, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The gradient before a norm and its ReLU, from that after them and what the norm gave.
 
@@ -146,10 +152,10 @@ def _mix(
     taken = _read(sampled + program * TAKEN * C, TAKEN, C, BLOCK_TAKEN, BLOCK_C).to(half)
     x = _product(taken, _read(matrices, C, C, BLOCK_C, BLOCK_C), PRECISION)
     x, _ = _normal(x, TAKEN, C, EPS)
-    x = tl.maximum(x, 0.0).to(half)
+    x = _relu(x).to(half)
     x = _product(_read(matrices + C * C, GIVEN, TAKEN, BLOCK_GIVEN, BLOCK_TAKEN), x, PRECISION)
     x, _ = _normal(x, GIVEN, C, EPS)
-    _write(mixed + program * GIVEN * C, tl.maximum(x, 0.0), GIVEN, C, BLOCK_GIVEN, BLOCK_C)
+    _write(mixed + program * GIVEN * C, _relu(x), GIVEN, C, BLOCK_GIVEN, BLOCK_C)
 
 
 @triton.jit
@@ -176,7 +182,7 @@ def _mix_back(
     taken = _read(sampled + program * TAKEN * C, TAKEN, C, BLOCK_TAKEN, BLOCK_C).to(half)
     by_channel = _read(matrices, C, C, BLOCK_C, BLOCK_C)
     x, growth_x = _normal(_product(taken, by_channel, PRECISION), TAKEN, C, EPS)
-    y = tl.maximum(x, 0.0).to(half)
+    y = _relu(x).to(half)
     by_point = _read(matrices + C * C, GIVEN, TAKEN, BLOCK_GIVEN, BLOCK_TAKEN)
     z, growth_z = _normal(_product(by_point, y, PRECISION), GIVEN, C, EPS)
     # ---- and back

@@ -325,3 +325,17 @@ def test_a_gpu_is_waited_for_once_before_voxels_are_made(name, monkeypatch):
         with Bus() as bus:
             stream.step(frame)
     assert told == [{"a number": 1}] * 2, "whether all is finite"
+
+
+@EACH
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")], ids=["NaN", "infinite"])
+def test_features_that_are_not_finite_are_an_error_whatever_is_made_of_them(name, wrong):
+    """Never a place that does not exist: on a GPU that ends the process."""
+    system, frames = build(name), drive(3, every=0.5)
+    stream = Stream(Model(system, f"{name}-nano", False, "fast", None))
+    stream.step(frames[0])
+    with system.neck.register_forward_hook(lambda _, __, levels: type(levels)(level * wrong for level in levels)):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            stream.step(frames[1])
+    assert stream.memory is None
+    stream.step(frames[2])

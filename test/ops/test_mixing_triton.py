@@ -1,5 +1,6 @@
 """The GPU's mixing equals the definition, values and gradients; without a GPU under Triton's interpreter."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,7 @@ def test_the_largest_kernels_compile_for_a_gpu_fit_into_it_and_add_nothing_by_at
     constants = sizes | {"EPS": 1e-5, "PRECISION": "ieee"}
     for ptx, shared in compiled("mixing", {"_mix": constants, "_mix_back": constants}, types, tmp_path, warps=8):
         assert shared <= 99 * 1024 and not atomics(ptx)
+        assert not re.search(r"\b(max|min)\.(?!NaN)f(16|32|64)", ptx), "of a number and NaN these give the number"
 
 
 @needs_triton
