@@ -27,7 +27,9 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from hashlib import sha256
 from importlib import metadata
+from itertools import chain
 from logging import getLogger
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, get_args
@@ -121,7 +123,7 @@ def built(
 
             folder = home() if cache is None else Path(cache)
             facts = known(model, backend, cameras, precision)
-            made, difference = engine(folder, facts, begun, lambda at: parts.compared(loaded(parts, at, backend)))
+            made, difference = engine(folder, facts, begun, lambda at: _tried(parts, at, backend))
         log.info("%s: %s ready after %.1f s, %s", name, backend, perf_counter() - began, difference)
     except (MemoryError, torch.OutOfMemoryError):  # told by their kind
         raise
@@ -129,6 +131,17 @@ def built(
         first = (str(problem).strip() or repr(problem)).split("\n")[0]
         raise ValueError(f"backend {backend} of {name} on {model.device}: {first}") from problem
     return replace(model, system=made, backend=backend, precision=precision)
+
+
+def _tried(parts: "Parts", folder: Path, backend: str) -> tuple["Engine", Difference]:
+    """A folder's engine, compared. Unfit whatever goes wrong: one that loads may still hold what this driver or GPU
+    cannot run."""
+    try:
+        return parts.compared(loaded(parts, folder, backend))
+    except (Unfit, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:  # whatever machine code may throw
+        raise Unfit(f"it cannot be run ({(str(problem).strip() or repr(problem)).splitlines()[0]})") from problem
 
 
 def check_backend(model: Model, backend: str) -> None:
@@ -223,8 +236,8 @@ class Parts:
         """The parts put together, and how far they are from eager in float32. Unfit where that is farther than their
         precision may be."""
         made = Engine(self, runs)
-        with torch.inference_mode():
-            rows = runs["encoder"](*self.inputs["encoder"])["rows"]
+        with torch.inference_mode():  # tensors as a drive's: for others a compiler would compile again
+            rows = runs["encoder"](*(given.clone() for given in self.inputs["encoder"]))["rows"]
         if not rows.isfinite().all():
             raise Unfit("what it says is not what eager says: its features are not finite")
         found = self._differences(made)
@@ -271,20 +284,20 @@ class Engine(nn.Module):
     def __init__(self, parts: Parts, runs: dict[str, Run]):
         super().__init__()
         self.system, self.config = parts.system, parts.system.config
-        self.parts, self.runs = parts, runs
+        self.runs, self.sizes, self.output = runs, parts.sizes, parts.output  # not what it was only built from
+        self.pictures = tuple(parts.inputs["encoder"][0].shape)
 
     @torch.inference_mode()
     def forward(self, clip: Clip, memory: Memory | None) -> tuple[Any, Memory]:
         """As the system's own. ValueError for clips of other shapes."""
         pictures = _pictures(clip)
-        expected = tuple(self.parts.inputs["encoder"][0].shape)
-        if tuple(pictures[0].shape) != expected:
-            raise ValueError(f"this engine was built for pictures {expected}, got {tuple(pictures[0].shape)}")
+        if tuple(pictures[0].shape) != self.pictures:
+            raise ValueError(f"this engine was built for pictures {self.pictures}, got {tuple(pictures[0].shape)}")
         rows = self.runs["encoder"](*pictures)["rows"]
         windows, memory = remember(clip, rows, memory, self.config.frames)
-        told = self.runs["decoder"](*_window(View.of(windows, self.parts.sizes)))
-        names = iter([name for name, _ in _named(self.parts.output)])
-        return _refilled(self.parts.output, lambda _: told[next(names)]), memory
+        told = self.runs["decoder"](*_window(View.of(windows, self.sizes)))
+        names = iter([name for name, _ in _named(self.output)])
+        return _refilled(self.output, lambda _: told[next(names)]), memory
 
     def decode(self, output: Any) -> list[Prediction]:
         return self.system.decode(output)
@@ -294,9 +307,9 @@ class Engine(nn.Module):
 def folded(backbone: nn.Module, config: Any) -> nn.Module:
     """A copy whose convolutions hold the norms that follow them: what is rounded is rounded once, and exact before.
 
-    A norm that takes what no convolution gave stays.
+    A norm that takes what no convolution gave stays. ValueError where somebody else takes it, too.
     """
-    backbone, gave, pairs = deepcopy(backbone).eval(), {}, []
+    original, backbone, gave, pairs = backbone, deepcopy(backbone).eval(), {}, []
     names = {module: name for name, module in backbone.named_modules()}
     hooks = [
         module.register_forward_hook(lambda m, _, given: gave.update({id(given): (m, given)}))
@@ -305,12 +318,17 @@ def folded(backbone: nn.Module, config: Any) -> nn.Module:
         for module in backbone.modules()
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
     ]
-    backbone(torch.zeros(1, 3, config.height, config.width, device=next(backbone.parameters()).device))
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.rand(1, 3, config.height, config.width, generator=generator).to(next(original.parameters()).device)
+    expected = backbone(picture)
     for hook in hooks:
         hook.remove()
     for (convolution, _), norm in [pair for pair in pairs if pair[0] is not None]:
         backbone.set_submodule(names[convolution], fuse_conv_bn_eval(convolution, norm))
         backbone.set_submodule(names[norm], nn.Identity())
+    for told, level in zip(backbone(picture), expected, strict=True):
+        if not (told - level).abs().max() <= TOLERANCE * level.abs().max():
+            raise ValueError(f"the norms of {type(original).__name__} cannot be folded: others read what they take")
     return backbone
 
 
@@ -464,9 +482,9 @@ def _version(package: str) -> str | None:
 def _code() -> str:
     """SHA-256 of the code that is compiled: stricter than a version, which stands still while code is written."""
     root, digest = Path(__file__).parents[1], sha256()
-    for room in ("geometry", "nn", "ops", "systems", "runtime"):
-        for path in sorted((root / room).rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}{os.linesep}".encode() + path.read_bytes())
+    rooms = (sorted((root / room).rglob("*.py")) for room in ("geometry", "nn", "ops", "systems", "runtime"))
+    for path in (root / "transfer.py", root / "types.py", *chain.from_iterable(rooms)):
+        digest.update(f"{path.relative_to(root)}{os.linesep}".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -522,11 +540,10 @@ def differ(mine: tuple[Tensor | None, Tensor], other: tuple[Tensor | None, Tenso
         )
     if expected.shape != told.shape:
         return Difference(float("inf"), float("inf"))
-    difference = (told.double() - expected.double()).abs()
-    if not difference.isfinite().all():
-        return Difference(float("inf"), float("inf"))
-    size = expected.double().abs()
+    difference, size = (told.double() - expected.double()).abs(), expected.double().abs()
     apart, scale = float(apart + difference.sum()), float(scale + size.sum())
+    if not (isfinite(apart) and isfinite(scale)):  # one number is enough, also one of a place that but one knows
+        return Difference(float("inf"), float("inf"))
     largest = float(difference.max() / size.max().clamp_min(1e-3)) if size.numel() else 0.0
     # numbers are metres, metres per second and logits: of less than a thousandth on average none matters
     return Difference(largest, apart / max(scale, 1e-3 * max(size.numel(), 1)))

@@ -9,14 +9,16 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
 MANIFEST = "manifest.json"
+UNUSED = 90  # days after which an engine that nobody asked for is removed
 log = getLogger("occflow")
 Made = TypeVar("Made")
 
@@ -41,14 +43,18 @@ def engine(folder: Path, facts: dict[str, Any], build: Callable[[Path], None], u
     build: writes files into an empty folder. use: reads them; Unfit where they do not do, and what it gives must not
     need the files any more. What is there and unfit is built again, once, and kept until the new one is good. Two
     processes do not build the same engine at once. Where the cache cannot be written the engine is built all the same,
-    for this process alone. Raises what `build` raises, and Unfit where even the new one is.
+    for this process alone. With each that is built those go that nobody asked for in UNUSED days. Raises what `build`
+    raises, and Unfit where even the new one is.
     """
     place = folder / key(facts)
     with _alone(folder, place.name) as kept:
         why = _unfit(place, facts) if kept else ""
         if why is None:
             try:
-                return use(place)
+                made = use(place)
+                with suppress(OSError):
+                    os.utime(place)  # when it was last of use
+                return made
             except Unfit as problem:
                 why = str(problem)
         if why:
@@ -61,6 +67,7 @@ def engine(folder: Path, facts: dict[str, Any], build: Callable[[Path], None], u
                 write_manifest(fresh, facts)
                 try:
                     _put(fresh, place)
+                    _forget(folder)
                 except OSError as problem:
                     log.warning("engine %s cannot be kept (%s): it is built anew at the next start", place, problem)
             return made
@@ -113,27 +120,43 @@ def _put(fresh: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _forget(folder: Path) -> None:
+    """Removes engines that nobody asked for in UNUSED days: each version of a model, of PyTorch and of this code has
+    one of its own. A lock's file stays: somebody may wait for it."""
+    for place in folder.glob("[!.]*"):
+        with suppress(OSError):
+            if time.time() - place.stat().st_mtime > UNUSED * 86400:
+                with _lock(folder, place.name).open("w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(place)
+
+
+def _lock(folder: Path, name: str) -> Path:
+    return folder / f".{name}.lock"
+
+
 @contextmanager
 def _alone(folder: Path, name: str) -> Iterator[bool]:
     """One process at a time for an engine's name; False where nothing can be kept in the folder. A lock ends with its
     process, however that ends."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
-        if about.st_uid != os.geteuid() or about.st_mode & 0o022:
-            raise PermissionError("it belongs to somebody else or others may write it")
-        lock = (folder / f".{name}.lock").open("w")
-    except OSError as problem:
-        log.warning("cache of engines %s: %s; the engine is built for this process alone", folder, problem)
-        yield False
-        return
-    with lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("engine %s: waiting for another process that builds it", folder / name)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield True
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            about = folder.stat()
+            if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+                raise PermissionError("it belongs to somebody else or others may write it")
+            lock = held.enter_context(_lock(folder, name).open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("engine %s: waiting for another process that builds it", folder / name)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as problem:  # a network's file system may have no locks
+            log.warning("cache of engines %s: %s; the engine is built for this process alone", folder, problem)
+            kept = False
+        else:
+            kept = True
+        yield kept
 
 
 def _digest(path: Path) -> str:

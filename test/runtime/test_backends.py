@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,14 @@ def test_an_output_of_nan_or_of_another_shape_is_never_equal():
     assert differ((None, ones), (None, ones / torch.tensor([1, 0, 1]) * torch.tensor([1, 0, 1]))).mean == float("inf")
 
 
+def test_one_number_that_is_none_is_enough_to_differ():
+    """Also at a place that one of them alone tells of, and whatever else is compared."""
+    places, values = torch.tensor([[0], [1]]), torch.ones(2, 3)
+    more = torch.tensor([[0], [1], [2]]), torch.cat([values, torch.full((1, 3), torch.nan)])
+    for pair in (((places, values), more), (more, (places, values)), ((None, values), (None, values * torch.nan))):
+        assert differ(*pair).mean == float("inf")
+
+
 def test_rows_are_compared_by_their_places():
     places, values = torch.tensor([[0, 1], [0, 5], [2, 2]]), torch.tensor([[1.0], [2.0], [3.0]])
     order = torch.tensor([2, 0, 1])
@@ -183,6 +192,24 @@ def test_norms_are_folded_into_the_convolutions_before_them(name):
             assert torch.allclose(told, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
+class Doubled(nn.Module):
+    """What its convolution gives is read by the norm and once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.norm.running_var.fill_(4.0)
+
+    def forward(self, pictures):
+        given = self.convolution(pictures)
+        return [self.norm(given) + given]
+
+
+def test_a_norm_whose_convolution_somebody_else_reads_is_not_folded():
+    with pytest.raises(ValueError, match="norms of Doubled cannot be folded"):
+        backends.folded(Doubled(), small.BRIEF)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", HALF)
 def test_programs_round_as_the_parts_do(precision):
@@ -227,7 +254,7 @@ def test_a_second_start_builds_nothing(engine, cache, monkeypatch, caplog):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_engine_runs_without_the_models_python(engine, cache, tmp_path):
-    parts = engine.system.parts
+    parts = Parts.of(opus().system, CAMERAS)
     pictures, used = parts.inputs["encoder"]
     torch.save([pictures, used], tmp_path / "inputs.pt")
     path = cache / key(known(opus(), "aot", CAMERAS)) / ("encoder" + ENGINE)
@@ -261,6 +288,35 @@ def test_an_engine_of_something_else_in_its_place_is_built_again(engine, cache, 
     assert len(builds) == 1 and "not what eager says" in caplog.text
 
 
+def test_an_engine_that_loads_and_cannot_run_is_built_again_once(tmp_path, monkeypatch, caplog):
+    """As after another driver was installed."""
+    caplog.set_level(logging.WARNING, logger="occflow")
+    builds = []
+
+    def build(parts, folder):
+        builds.append(1)
+        (folder / "built").write_text(str(len(builds)))
+
+    def load_package(parts, folder, backend):
+        def fails(*_):
+            raise RuntimeError("no kernel image is available for execution on the device")
+
+        return dict(parts.modules) if (folder / "built").read_text() == good else {"encoder": fails, "decoder": fails}
+
+    monkeypatch.setattr(backends, "build_aot", build)
+    monkeypatch.setattr(backends, "loaded", load_package)
+    good = "1"
+    made = built(opus(), "aot", CAMERAS, cache=tmp_path / "engines")
+    good = "2"
+    again = built(opus(), "aot", CAMERAS, cache=tmp_path / "engines")
+    assert len(builds) == 2 and "it cannot be run (no kernel image is available" in caplog.text
+    equal_on_a_drive(made, again, drive(2, every=0.5))
+    good = "none"
+    with pytest.raises(ValueError, match="it cannot be run"):
+        built(opus(), "aot", CAMERAS, cache=tmp_path / "engines")
+    assert len(builds) == 3
+
+
 def test_a_clip_of_other_cameras_is_refused_in_one_sentence():
     model = opus()
     parts = Parts.of(model.system, CAMERAS)
@@ -272,11 +328,12 @@ def test_a_clip_of_other_cameras_is_refused_in_one_sentence():
 @pytest.mark.big
 @pytest.mark.timeout(1200)
 def test_compiled_says_what_eager_says_over_a_drive():
-    model = opus()
+    model, counts = opus(), torch._dynamo.utils.counters["stats"]
+    before = counts["unique_graphs"]
     made = built(model, "compiled", CAMERAS)
-    compiles = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert counts["unique_graphs"] == before + 2, "each part once"
     equal_on_a_drive(model, made, drive(4, every=0.5))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiles, "compiled again while driving"
+    assert counts["unique_graphs"] == before + 2, "compiled again while driving"
 
 
 @pytest.mark.big
@@ -367,6 +424,20 @@ def test_one_weight_is_enough_to_be_another_engine():
     with torch.no_grad():
         model.system.layers[0].norm1.bias[3] += 1e-6
     assert known(model, "aot", CAMERAS)["weights"] != before
+
+
+def test_all_code_that_becomes_a_program_is_in_the_key(monkeypatch):
+    """Each module of ours that backends import, below the floors of data and training."""
+    code = (
+        "import sys, occflow_core.runtime.backends, occflow_core.systems as s; s.SYSTEMS;"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'occflow_core' and m.__file__))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    read, whole = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(str(path)) or whole(path))
+    backends._code()
+    empty = {str(Path(backends.__file__).parents[1] / "__init__.py")}
+    assert len(told) > 30 and set(told) - set(read) <= empty
 
 
 # ---- files

@@ -1,7 +1,10 @@
 """Engines on disk: found by what they were built from, whole or not there. No compiler is needed here."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -177,6 +180,31 @@ def test_two_processes_do_not_build_at_once(folder, builder, caplog, tmp_path):
         time.sleep(0.02)
     assert builder(folder) == "the child's" and builder.builds == 0
     assert other.wait(60) == 0 and "waiting for another process" in caplog.text
+
+
+def test_with_a_new_engine_those_go_that_nobody_asked_for_in_a_long_time(folder, builder):
+    facts = [FACTS | {"device": name} for name in ("old", "used", "held", "new")]
+    for each in facts[:3]:
+        builder(folder, each)
+    long_ago = time.time() - (cache.UNUSED + 1) * 86400
+    for each in facts[:3]:
+        os.utime(folder / key(each), (long_ago, long_ago))
+    builder(folder, facts[1])
+    with cache._lock(folder, key(facts[2])).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        builder(folder, facts[3])
+    assert [(folder / key(each)).exists() for each in facts] == [False, True, True, True]
+
+
+def test_without_locks_an_engine_is_built_for_the_process_alone(folder, builder, caplog, monkeypatch):
+    """As on some file systems of a network."""
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache.fcntl, "flock", none)
+    assert [builder(folder) for _ in range(2)] == ["build 1", "build 2"]
+    assert all("No locks available; the engine is built for this process alone" in line for line in caplog.messages)
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_the_engine_works(tmp_path, builder, caplog):
