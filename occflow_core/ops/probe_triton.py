@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 
 
-def launch() -> None:
-    """On the current GPU. RuntimeError where the kernel ran and did nothing; else what Triton raises."""
-    told = torch.zeros(1, device="cuda")
-    _one[(1,)](told)
+def launch(device: torch.device) -> None:
+    """On a GPU. RuntimeError where the kernel ran and did nothing; else what PyTorch and Triton raise."""
+    told = torch.zeros(1, device=device)
+    with torch.cuda.device(device):  # Triton launches on the current one
+        _one[(1,)](told)
     if told.item() != 1:
         raise RuntimeError("a kernel that writes 1 wrote nothing")
 

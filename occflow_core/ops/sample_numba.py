@@ -1,5 +1,6 @@
 """`sample` compiled for the CPU, values alone: each point is projected, looked up and written once, nothing is kept in
-between. The same arithmetic in the numbers' own precision; only the order of a sum may differ in its last digit.
+between. The same arithmetic in the numbers' own precision; only the order of a sum may differ in its last digit, and
+what no camera sees is zero even where features are not finite.
 
 All kernels stand in one file, because numba's cache looks at the file of a kernel only. Threads are torch's number, see
 `raycast_numba`.

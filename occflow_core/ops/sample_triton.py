@@ -8,6 +8,9 @@ What the definition keeps between its steps, (B, T, N, P, 3) places in pictures 
 stays in registers; gradients compute it again. They are the same from run to run for points and weights (each time
 writes its own, then they are added); those for rows are added by atomics, in an order that changes, and so may their
 last digits. The definition adds atomically there too.
+
+A cell of which a point takes nothing is not fetched: where features are not finite the definition may say NaN of
+points beside them, as nought times NaN is NaN, and the kernel a number.
 """
 
 from collections.abc import Sequence

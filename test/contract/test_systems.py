@@ -316,7 +316,7 @@ ASKING = {"opus-v2", "opus-fusion"}  # how many voxels there are
 
 @pytest.mark.parametrize("name", sorted(SYSTEMS.keys() - ASKING))
 def test_a_gpu_is_waited_for_once_before_voxels_are_made(name, monkeypatch):
-    monkeypatch.setattr(gpu, "_launches", lambda: False)  # there is none: definitions run
+    monkeypatch.setattr(gpu, "_launches", lambda _: False)  # there is none: definitions run
     system, told = on_gpu(build(name)), []
     decode = system.decode
     monkeypatch.setattr(system, "decode", lambda output: told.append(dict(bus.waits)) or decode(output))
@@ -334,8 +334,8 @@ def test_features_that_are_not_finite_are_an_error_whatever_is_made_of_them(name
     system, frames = build(name), drive(3, every=0.5)
     stream = Stream(Model(system, f"{name}-nano", False, "fast", None))
     stream.step(frames[0])
-    with system.neck.register_forward_hook(lambda _, __, levels: type(levels)(level * wrong for level in levels)):
-        with pytest.raises(FloatingPointError, match="not finite"):
-            stream.step(frames[1])
+    spoilt = system.neck.register_forward_hook(lambda _, __, levels: type(levels)(level * wrong for level in levels))
+    with spoilt, pytest.raises(FloatingPointError, match="not finite"):
+        stream.step(frames[1])
     assert stream.memory is None
     stream.step(frames[2])

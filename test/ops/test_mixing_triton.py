@@ -113,7 +113,7 @@ def test_the_largest_kernels_compile_for_a_gpu_fit_into_it_and_add_nothing_by_at
 
 @needs_triton
 def test_the_kernels_are_chosen_for_what_they_can_hold_on_a_gpu_and_for_nothing_else(monkeypatch):
-    monkeypatch.setattr(gpu, "_launches", lambda: True)
+    monkeypatch.setattr(gpu, "_launches", lambda _: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     home, kernels = parts("mixing")
 

@@ -133,7 +133,7 @@ def test_on_a_gpu_the_kernel_equals_the_definition_on_every_ray(monkeypatch, wor
 
 @needs_triton
 def test_the_kernel_is_chosen_for_gpus_and_for_nothing_else(monkeypatch):
-    monkeypatch.setattr(gpu, "_launches", lambda: True)
+    monkeypatch.setattr(gpu, "_launches", lambda _: True)
     chosen = {kind: raycast._fast(SimpleNamespace(device=torch.device(kind))) for kind in ("cuda", "cpu", "meta")}
     assert chosen["cuda"].__name__ == "occflow_core.ops.raycast_triton"
     assert chosen["cpu"] is not chosen["cuda"] and chosen["meta"] is None

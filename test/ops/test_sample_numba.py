@@ -58,6 +58,22 @@ def test_tensors_that_lie_in_memory_in_another_order_are_read_right():
     assert torch.equal(look(world), whole)
 
 
+@pytest.mark.parametrize("rules", ["ours", "published"])
+def test_a_feature_that_is_not_finite_reaches_every_point_that_a_camera_sees_there(monkeypatch, rules):
+    """As in the definition; of what no camera sees the definition says NaN too, the loop zero."""
+    world = dict(WORLDS[f"float32, {rules}"])
+    ones = {"rows": [[torch.ones_like(r) for r in lane] for lane in world["rows"]], "weights": world["weights"] * 0 + 1}
+    seen = defined(monkeypatch, world | ones) != 0
+    world["rows"] = [
+        [row.clone().index_fill_(1, torch.tensor([0]), torch.nan) for row in lane] for lane in world["rows"]
+    ]
+    mine, expected = look(world), defined(monkeypatch, world)
+    assert expected[seen].isnan().any() and not expected[seen].isnan().all()
+    assert torch.allclose(mine[seen], expected[seen], atol=2e-6, equal_nan=True)
+    unseen = expected if rules == "published" else torch.zeros_like(mine)  # the authors let it look past the border
+    assert torch.equal(mine[~seen].nan_to_num(9.0), unseen[~seen].nan_to_num(9.0))
+
+
 def test_what_could_have_gradients_is_read_where_nobody_asks_for_them():
     world = dict(WORLDS["float32, ours"])
     whole = look(world)

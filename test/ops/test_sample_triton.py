@@ -175,7 +175,7 @@ def test_the_kernels_compile_for_a_gpu_and_only_gradients_of_rows_are_added_by_a
 
 @needs_triton
 def test_the_kernels_are_chosen_for_one_kind_of_numbers_on_a_gpu_and_for_nothing_else(monkeypatch):
-    monkeypatch.setattr(gpu, "_launches", lambda: True)
+    monkeypatch.setattr(gpu, "_launches", lambda _: True)
     home, kernels = parts("sample")
 
     def chosen(device="cuda", rows=torch.float32, others=torch.float32, moves=False):

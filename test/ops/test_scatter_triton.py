@@ -101,7 +101,7 @@ def test_the_kernels_compile_for_a_gpu_and_add_nothing_by_atomics(tmp_path):
 
 @needs_triton
 def test_the_kernels_are_chosen_for_gpus_and_for_nothing_else(monkeypatch):
-    monkeypatch.setattr(gpu, "_launches", lambda: True)
+    monkeypatch.setattr(gpu, "_launches", lambda _: True)
     home, kernels = parts("scatter")
     chosen = [home._fast(SimpleNamespace(device=torch.device(kind))) for kind in ("cuda", "cpu", "meta")]
     assert chosen == [kernels, None, None]

@@ -220,7 +220,7 @@ def test_a_camera_that_is_not_used_may_have_any_numbers():
 @pytest.fixture
 def no_kernels(monkeypatch):
     """Definitions run: there is nothing to launch on."""
-    monkeypatch.setattr(gpu, "_launches", lambda: False)
+    monkeypatch.setattr(gpu, "_launches", lambda _: False)
 
 
 def test_a_step_on_a_gpu_is_sent_uint8_waits_once_before_voxels_are_made_and_says_the_same(monkeypatch, no_kernels):
