@@ -19,7 +19,8 @@ from .voxels import decode
 
 @dataclass(frozen=True)
 class Output:
-    """What every decoder layer says, first layer first; P differs from layer to layer."""
+    """What the decoder layers say, first layer first; P differs from layer to layer. Names and velocities are those of
+    every layer where it learns, else of the last alone: nobody asks for the others."""
 
     points: tuple[Tensor, ...]  # (B, Q, P, 3) m, car frame now
     logits: tuple[Tensor, ...]  # (B, Q, P, K)
@@ -72,8 +73,8 @@ class Layer(nn.Module):
         self.attention.initialise()
         self.name[-1].bias.copy_(prior.logit().repeat(self.after))
 
-    def forward(self, query: Tensor, unit: Tensor, view: Looks) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries (B, Q, C) with points (B, Q, P, 3), fractions of the box -> both anew, logits, velocities or None."""
+    def forward(self, query: Tensor, unit: Tensor, view: Looks) -> tuple[Tensor, Tensor]:
+        """Queries (B, Q, C) with points (B, Q, P, 3), fractions of the box -> both anew."""
         grid = self.config.grid
         b, q, _, _ = unit.shape
         points = grid.metres(unit)
@@ -82,10 +83,12 @@ class Layer(nn.Module):
         query = self.norm1(self.mixing(self.sampling(query, points, view), query))
         query = self.norm2(self.attention(query, centre))
         query = self.norm3(query + self.feed(query))
-        logits = self.name(query).view(b, q, self.after, -1)
-        moved = centre[:, :, None] + STEP * self.move(query).view(b, q, self.after, 3)
-        flow = None if self.flow is None else self.flow(query).view(b, q, self.after, 2)
-        return query, grid.unit(moved), logits, flow
+        return query, grid.unit(centre[:, :, None] + STEP * self.move(query).view(b, q, self.after, 3))
+
+    def named(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries (B, Q, C) -> logits of their points (B, Q, P, K) and velocities (B, Q, P, 2), if it tells them."""
+        shape = (*query.shape[:2], self.after, -1)
+        return self.name(query).view(shape), None if self.flow is None else self.flow(query).view(shape)
 
 
 class Sampling(nn.Module):
@@ -120,13 +123,15 @@ def refined(layers: Sequence[Layer], begin: Tensor, view: Looks, config: Any) ->
     """What the layers make, one after the other, of queries that begin at (B, Q, 3), fractions of the grid's box."""
     unit = begin[:, :, None]  # (B, Q, 1, 3)
     query = unit.new_zeros(*begin.shape[:2], config.channels)
-    points, logits, flow = [], [], []
+    learns = torch.is_grad_enabled() or layers[-1].training
+    points, named = [], []
     for layer in layers:
-        query, unit, named, moving = layer(query, unit.detach(), view)
+        query, unit = layer(query, unit.detach(), view)
         points.append(config.grid.metres(unit))
-        logits.append(named)
-        flow.append(moving)
-    return Output(tuple(points), tuple(logits), tuple(flow) if config.flow else None)
+        if learns or layer is layers[-1]:
+            named.append(layer.named(query))
+    logits, flow = zip(*named, strict=True)
+    return Output(tuple(points), logits, flow if config.flow else None)
 
 
 def targets(truth: Occupancy, config: Any) -> list[Target]:
@@ -142,15 +147,17 @@ def targets(truth: Occupancy, config: Any) -> list[Target]:
 def losses(output: Output, targets: Sequence[Target], published: bool) -> dict[str, Tensor]:
     """Scalars to be added up: of each layer where its points are, what they are called and how fast they are.
 
-    Card of the authors' losses: `opus_head.loss_single` (arXiv 2409.09350, section 3.4).
+    Card of the authors' losses: `opus_head.loss_single` (arXiv 2409.09350, section 3.4). The output is one that learns.
     """
-    terms = {}
-    for k, (points, logits) in enumerate(zip(output.points, output.logits, strict=True)):
-        points, logits = points.flatten(1, 2), logits.flatten(1, 2)
-        terms[f"points {k}"], met = points_loss(points, targets, published)
-        terms[f"names {k}"] = names_loss(logits, points.detach(), targets, met, published)
+    terms, met = {}, []
+    for k, points in enumerate(output.points):
+        terms[f"points {k}"], voxel = points_loss(points.flatten(1, 2), targets, published)
+        met.append(voxel)
+    for k in range(len(output.points) - len(output.logits), len(output.points)):  # those that are named
+        points, logits = output.points[k].flatten(1, 2).detach(), output.logits[k - len(output.points)].flatten(1, 2)
+        terms[f"names {k}"] = names_loss(logits, points, targets, met[k], published)
         if output.flow is not None:
-            terms[f"flow {k}"] = flow_loss(output.flow[k].flatten(1, 2), targets, met)
+            terms[f"flow {k}"] = flow_loss(output.flow[k - len(output.points)].flatten(1, 2), targets, met[k])
     return terms
 
 

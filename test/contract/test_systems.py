@@ -339,3 +339,14 @@ def test_features_that_are_not_finite_are_an_error_whatever_is_made_of_them(name
         stream.step(frames[1])
     assert stream.memory is None
     stream.step(frames[2])
+
+
+@pytest.mark.parametrize("name", ["opus", "opus-fusion"])
+def test_where_it_does_not_learn_only_the_last_layer_is_named_and_says_the_same(name):
+    system, clip = build(name), Clip.of(drive(1, every=0.5)[0])
+    learning = system(clip, None)[0]
+    with torch.no_grad():
+        told = system(clip, None)[0]
+        assert len(learning.logits) == len(told.points) == 3 and len(told.logits) == len(told.flow) == 1
+        assert apart(told.points, learning.points) < CLOSE
+        assert apart((told.logits, told.flow), (learning.logits[-1:], learning.flow[-1:])) < CLOSE

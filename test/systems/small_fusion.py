@@ -105,4 +105,5 @@ def said(system: opus_fusion.OpusFusion, config=PARITY) -> opus_fusion.Output:
     """What the decoder makes of `small_v2.view`, of the map above and of the scans, in float64."""
     begin = torch.stack([opus_fusion._begin(torch.as_tensor(points), config.queries) for points in scans()])
     both = opus_fusion._View(view(), torch.as_tensor(above()), config.grid)
-    return opus_fusion.refined(system.double().layers, config.grid.unit(begin), both, config)
+    layers = system.double().layers.train()  # as where it learns: all are named, not the last alone
+    return opus_fusion.refined(layers, config.grid.unit(begin), both, config)

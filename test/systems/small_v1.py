@@ -37,7 +37,8 @@ def as_theirs(config=PARITY) -> opus.Opus:
 def said(system: opus.Opus) -> opus.Output:
     """What the decoder makes of `small_v2.view`."""
     begin = system.queries.weight.expand(LANES, -1, -1)
-    return opus.refined(system.layers, begin, small_v2.view(), system.config)
+    layers = system.layers.train()  # as where it learns: all are named, not the last alone
+    return opus.refined(layers, begin, small_v2.view(), system.config)
 
 
 def crowd(seed=7, queries=80, points=14) -> tuple[np.ndarray, np.ndarray]:

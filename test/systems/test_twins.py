@@ -226,8 +226,8 @@ def test_a_whole_layer(home, points):
     layer, (rows, view) = layer_of(home, points).double(), look(dtype=torch.float64)
     query = torch.randn(B, Q, 16, dtype=torch.float64, requires_grad=True)
     unit = torch.rand(B, Q, points, 3, dtype=torch.float64, requires_grad=True)
-    queries, moved, *told = layer(query, unit, view)
-    mine = (queries, moved, told[0] if home is decoder else layer.told(queries))
+    queries, moved = layer(query, unit, view)
+    mine = (queries, moved, layer.named(queries)[0] if home is decoder else layer.told(queries))
     mine, theirs = (torch.cat([x.flatten() for x in y]) for y in (mine, layered(layer, query, unit, view, rows)))
     same(mine, theirs, matter(layer, [rows, query, unit, *layer.parameters()]))
 
