@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import rclpy
@@ -89,8 +89,8 @@ class OccupancyNode(LifecycleNode):
         self.failure: str | None = None  # what the node cannot go on with: whoever spins it ends the process
         self.waiting = False  # whether the last activation failed for what may still come
         self._worker: threading.Thread | None = None
-        self.hung: threading.Thread | None = None  # a worker that did not end: no exit would wait long enough for it
-        # calibration, TF and the heartbeat go on while an activation waits for them
+        self.left: threading.Thread | None = None  # a worker that did not end: no exit would wait long enough for it
+        # calibration, TF and the heartbeat go on while a transition takes its time
         self._known = MutuallyExclusiveCallbackGroup()
         self._reset()
 
@@ -102,6 +102,7 @@ class OccupancyNode(LifecycleNode):
         self._sources: dict[str, str] = {}  # topic of a sensor, as remapped -> its name for `Health`
         self._latest_set: int | None = None  # ns: the stamp of the newest set, whatever became of it
         self._busy: float | None = None  # s, steady: since when the worker has been at one set
+        self._renewing = False  # the worker makes the model anew: that takes what it takes
 
     @property
     def state(self) -> str:
@@ -212,17 +213,20 @@ class OccupancyNode(LifecycleNode):
     def _load(self) -> None:
         """The model, warm: what can fail for want of memory fails here, not at the first set."""
         s = self.settings
+        gc.freeze()  # full collections that walk all of PyTorch while a compiler works hold the heart up for a second
         model = load(s.model, s.weights or None, device=_device(s.device))
         with _retold(self.get_logger()):
-            self._model = built(model, s.backend, len(s.cameras), s.precision)
-        self._stream = Stream(self._model, longest_gap=s.longest_gap)
-        self._stream.warm_up(s.cameras)
+            model = built(model, s.backend, len(s.cameras), s.precision)
+        stream = Stream(model, longest_gap=s.longest_gap)
+        stream.warm_up(s.cameras)
+        self._model, self._stream = model, stream
 
     def _activate(self) -> None:
         s = self.settings
-        self._await_known(s.startup_wait)
-        if self._stream is None:
-            self._load()
+        with self._spun():
+            self._await_known(s.startup_wait)
+            if self._stream is None:
+                self._load()
         self._stream.forget()
         self._collector = _gatherer(s)
         self._watches = [Watch(s.frozen_after) for _ in s.cameras]
@@ -267,30 +271,50 @@ class OccupancyNode(LifecycleNode):
     def _await_known(self, seconds: float) -> None:
         """Until `min_cameras` cameras have their CameraInfo and transforms, at most `seconds` s; 0 asks for nothing.
 
-        NotReady names what is not there. The executor that runs this transition cannot hear calibration and TF
-        meanwhile: one of our own does.
+        NotReady names what is not there.
         """
         until, missing = time.monotonic() + seconds, self._unknown() if seconds else []
-        if not missing:
-            return
-        ours, theirs = SingleThreadedExecutor(context=self.context), self.executor
-        # nothing else runs meanwhile, above all no other transition: in a service's callback it is so already
+        while missing and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.05))
+            missing = self._unknown()
+        if missing:
+            raise NotReady(f"after {seconds:g} s still without {'; '.join(missing)}")
+
+    @contextmanager
+    def _spun(self) -> Iterator[None]:
+        """A thread spins the node while the executor that runs a transition cannot: calibration, TF and the heartbeat
+        go on, nothing else does, above all no other transition.
+
+        What takes its time stays in the thread of the transition: a signal ends it there, and errors come from there.
+        """
+        ours, theirs, done = SingleThreadedExecutor(context=self.context), self.executor, threading.Event()
+
+        def spin() -> None:
+            try:
+                while not done.is_set():
+                    ours.spin_once(timeout_sec=0.1)
+            except ExternalShutdownException:
+                pass  # who waits for this thread hears of it, too
+
+        # in a service's callback the group is held already
         others = self.default_callback_group
         entity = next(filter(None, (reference() for reference in others.entities)))
         held = others.beginning_execution(entity)
         ours.add_node(self)
+        thread = threading.Thread(target=spin, name="heart")
         try:
-            while (missing := self._unknown()) and (left := until - time.monotonic()) > 0:
-                ours.spin_once(timeout_sec=min(left, 0.1))
+            thread.start()
+            yield
         finally:
+            done.set()
+            ours.wake()
+            thread.join()
             if held:
                 others.ending_execution(entity)
             ours.remove_node(self)
             ours.shutdown()
             if theirs is not None:
                 theirs.add_node(self)
-        if missing:
-            raise NotReady(f"after {seconds:g} s still without {'; '.join(missing)}")
 
     def _unknown(self) -> list[str]:
         """What is missing before a set can be answered: a phrase a camera, or one for the car; none if nothing is."""
@@ -312,20 +336,38 @@ class OccupancyNode(LifecycleNode):
             return SetParametersResult(successful=True)
         return SetParametersResult(successful=False, reason="read at configure: deactivate and cleanup first")
 
-    def _stop(self) -> None:
-        """Ends the worker and the subscriptions to images; twice does no harm."""
+    def _stop(self, leaving: bool = False) -> None:
+        """Ends the worker and the subscriptions to images; twice does no harm. `leaving`: the process ends."""
         if self.health is not None:
             self.health.active = False
         if self._worker is not None:
             self._mailbox.close()
             if self._worker.is_alive():
-                self._worker.join(STUCK)
+                self._worker.join(BEAT)
             if self._worker.is_alive():
-                self.hung = self._worker
-                self._fail(f"the worker has been at one set for more than {STUCK:g} s and cannot be stopped")
+                with nullcontext() if leaving else self._spun():
+                    self._await_worker(self._worker, leaving)
             self._worker = None
         self._watches, self._mailbox = [], None  # they hold pictures
         self._destroy(self._activated)
+
+    def _await_worker(self, worker: threading.Thread, leaving: bool) -> None:
+        """Until it has ended, or has been at one set for STUCK s. A model that it makes anew is waited for besides,
+        but not where the process ends."""
+        until, said = time.monotonic() + STUCK, False
+        while worker.is_alive():
+            if self._renewing:
+                if leaving:  # nothing is lost: what is kept of a model on disk is whole or not there
+                    self.left = worker
+                    return
+                if not said:
+                    self.get_logger().info("the worker makes the model anew: it is stopped when that is done")
+                until, said = time.monotonic() + STUCK, True
+            elif time.monotonic() > until:
+                self.left = worker
+                self._fail(f"the worker has been at one set for more than {STUCK:g} s and cannot be stopped")
+                return
+            worker.join(0.1)
 
     def _give_back(self) -> None:
         """Everything that configure and activate took."""
@@ -341,7 +383,7 @@ class OccupancyNode(LifecycleNode):
 
     def close(self) -> None:
         """Ends the worker before the process ends, in whatever state the node is."""
-        self._stop()
+        self._stop(leaving=True)
 
     # ---- callbacks: they check, sort and leave; none of them decodes or thinks
 
@@ -538,7 +580,10 @@ class OccupancyNode(LifecycleNode):
         self._out_diagnostics.publish(convert.diagnostics(stamp, name, report))
 
     def _beat(self) -> None:
-        """Alive: the executor, since it came here, and the worker. The message is the node's lifecycle state."""
+        """Alive: the executor, since it came here, and the worker. The message is the node's lifecycle state.
+
+        While a transition takes its time the executor is the one of `_spun`, and the state is the transition's.
+        """
         busy, worker = self._busy, self._worker
         if worker is not None and worker.ident is not None and not worker.is_alive():
             return  # it failed; whoever spins this node acts on `failure`
@@ -643,7 +688,7 @@ class OccupancyNode(LifecycleNode):
 
     def _renewed(self, pipeline: Pipeline) -> bool:
         """Makes the model anew in a memory that is free of the old one; a node that cannot has failed."""
-        self._busy = None  # loading may take longer than any set
+        self._busy, self._renewing = None, True  # loading may take longer than any set
         self._model = self._stream = pipeline.stream = None
         _free()
         try:
@@ -651,6 +696,8 @@ class OccupancyNode(LifecycleNode):
         except Exception as error:
             self._fail(f"the model could not be made anew: {error}")
             return False
+        finally:
+            self._renewing = False
         pipeline.stream, self._busy = self._stream, time.monotonic()
         return True
 
@@ -842,8 +889,8 @@ def main(arguments: list[str] | None = None) -> int:
         if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()
-        if node is not None and node.hung is not None:
-            os._exit(1)  # Python would wait for its thread for ever
+        if node is not None and node.left is not None:
+            os._exit(1 if node.failure is not None else code)  # Python would wait for its thread for ever
     return code
 
 

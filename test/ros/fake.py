@@ -1,8 +1,9 @@
 """A network of settable delay and a car of settable faults: the whole node, real DDS, and no model.
 
 In one process: a `Stage` has the node, the car and one who listens. As a process of its own, `python test/ros/fake.py
---ros-args ...` is the node with the stand-in network, which waits $FAKE_DELAY seconds for each set; its voxels are
-$FAKE_COARSER times as long as usual.
+--ros-args ...` is the node with the stand-in network, which waits $FAKE_DELAY seconds for each set and fails at the
+first $FAKE_FAILURES; its voxels are $FAKE_COARSER times as long as usual. Each load but the first takes $FAKE_LOADING
+seconds.
 """
 
 import os
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import product
+from itertools import chain, product, repeat
 
 import cv2
 import numpy as np
@@ -30,7 +31,7 @@ BEGIN = 1_700_000_000 * NANO  # ns
 HEIGHT, WIDTH, FOCAL = 90, 160, 100.0  # pixels: 77 degrees wide, so neighbours overlap a little
 SPEED = 10.0  # m/s, of the car
 PICTURES = 16  # different ones a camera has
-THINKING = "the network has begun"  # what the node prints as a process of its own
+THINKING, LOADING = "the network has begun", "a load has begun"  # what the node prints as a process of its own
 
 
 # ---- the network
@@ -397,7 +398,15 @@ def main() -> int:
     network = Network(float(os.environ.get("FAKE_DELAY", "0")), grid)
     network.failures.extend(MemoryError("none left") for _ in range(int(os.environ.get("FAKE_FAILURES", "0"))))
     network.before = lambda: print(THINKING, flush=True)
-    node.load = lambda *_, **__: model(network)
+    waits = chain([0.0], repeat(float(os.environ.get("FAKE_LOADING", "0"))))
+
+    def load(*_, **__):
+        if seconds := next(waits):
+            print(LOADING, flush=True)
+            time.sleep(seconds)
+        return model(network)
+
+    node.load = load
     return node.main()
 
 

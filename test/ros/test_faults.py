@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from array import array
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -670,6 +671,119 @@ def rclpy_duration(seconds: float):
     return Duration(seconds=seconds)
 
 
+@contextmanager
+def watchdog(stage):
+    """One who listens to the heart in a thread of its own, as from another process: (s, steady; state) of each beat,
+    and how many hearts DDS calls alive, at each change."""
+    import rclpy
+    from lifecycle_msgs.msg import State
+    from rclpy.event_handler import SubscriptionEventCallbacks
+    from rclpy.qos import LivelinessPolicy
+
+    from occflow_ros import node as module
+
+    beats, lives, done = [], [], threading.Event()
+    lease = {"liveliness_lease_duration": rclpy_duration(module.LEASE)}
+    node, executor = (
+        rclpy.create_node("watchdog", context=stage.context),
+        rclpy.executors.SingleThreadedExecutor(context=stage.context),
+    )
+    executor.add_node(node)
+    node.create_subscription(
+        State,
+        "/occflow/heartbeat",
+        lambda m: beats.append((time.monotonic(), m.label)),
+        QoSProfile(depth=10, liveliness=LivelinessPolicy.MANUAL_BY_TOPIC, **lease),
+        event_callbacks=SubscriptionEventCallbacks(liveliness=lambda event: lives.append(event.alive_count)),
+    )
+
+    def watch():
+        while not done.is_set():
+            executor.spin_once(timeout_sec=0.1)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        stage.until(lambda: beats and lives[-1:] == [1])
+        yield beats, lives
+    finally:
+        done.set()
+        thread.join()
+        executor.shutdown()
+        node.destroy_node()
+
+
+def slow_load(monkeypatch, seconds: float) -> threading.Event:
+    """Each load of the node takes that long; set when one has begun."""
+    from occflow_ros import node as module
+
+    load, begun = module.load, threading.Event()
+
+    def slow(*arguments, **named):
+        begun.set()
+        time.sleep(seconds)
+        return load(*arguments, **named)
+
+    monkeypatch.setattr(module, "load", slow)
+    return begun
+
+
+def test_the_heart_beats_while_activation_loads(stage, monkeypatch):
+    from occflow_ros import node as module
+
+    stage.node.trigger_deactivate()
+    load, frozen = module.load, []
+    monkeypatch.setattr(module, "load", lambda *a, **k: frozen.append(gc.get_freeze_count()) or load(*a, **k))
+    slow_load(monkeypatch, 3.0)
+    with watchdog(stage) as (beats, lives):
+        began = time.monotonic()
+        assert stage.node.trigger_activate() == Result.SUCCESS
+        assert time.monotonic() - began >= 3.0
+        stage.until(lambda: beats[-1][1] == "active")
+        while_loading = [state for at, state in beats if began + 0.5 < at < began + 3.0]
+        assert len(while_loading) >= 6 and {*while_loading} == {"activating"}
+        assert 0 not in lives, "nobody was told that it is dead"
+        assert frozen[0] > 10_000, "collections of what a compiler makes walk only that"
+    stage.connected()
+    assert stage.answer().cameras_used == ALL
+
+
+def test_what_goes_wrong_while_activation_loads_fails_it_and_the_next_one_drives(stage, monkeypatch):
+    from occflow_ros import node as module
+
+    stage.node.trigger_deactivate()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Stream, "warm_up", lambda *_: torch.empty(1 << 46, dtype=torch.uint8))
+        assert stage.node.trigger_activate() == Result.FAILURE
+    assert stage.said("activate failed: ") and stage.state == "inactive" and not stage.node.waiting
+    assert stage.node._model is None, "what is not warm is not kept"
+    assert stage.node.trigger_activate() == Result.SUCCESS
+    stage.connected()
+    assert stage.answer().cameras_used == ALL
+
+
+def test_a_worker_that_makes_the_model_anew_is_waited_for(stage, monkeypatch):
+    from occflow_ros import node as module
+
+    stage.answer()
+    begun = slow_load(monkeypatch, 3.0)
+    monkeypatch.setattr(module, "STUCK", 0.5)
+    stage.network.failures.append(MemoryError("none left"))
+    with watchdog(stage) as (beats, lives):
+        stage.drive(1)
+        assert begun.wait(10.0)
+        began = time.monotonic()
+        assert stage.node.trigger_deactivate() == Result.SUCCESS
+        assert stage.said("the worker makes the model anew: it is stopped when that is done")
+        assert stage.state == "inactive" and stage.node.failure is None and stage.node.left is None
+        ended = time.monotonic()
+        states = [state for at, state in beats if began + 0.5 < at < ended]
+        assert len(states) >= 4 and {*states} == {"deactivating"} and 0 not in lives
+    assert stage.node.trigger_activate() == Result.SUCCESS
+    stage.connected()
+    assert stage.answer().cameras_used == ALL
+
+
 def test_what_was_taken_is_given_back(stage):
     stage.answer()
     node = stage.node
@@ -692,7 +806,7 @@ def test_what_was_taken_is_given_back(stage):
 class Process:
     """The node as a process of its own, and a car that drives on."""
 
-    def __init__(self, stage, delay: float = 0.0, failures: int = 0):
+    def __init__(self, stage, delay: float = 0.0, failures: int = 0, loading: float = 0.0):
         self.stage = stage
         stage.processes.append(self)
         environment = {
@@ -701,8 +815,10 @@ class Process:
             "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
             "FAKE_DELAY": str(delay),
             "FAKE_FAILURES": str(failures),
+            "FAKE_LOADING": str(loading),
         }
         command = [sys.executable, fake.__file__, "--ros-args", "-p", "use_sim_time:=true"]
+        command += ["-r", "/occflow/change_state:=/alone/change_state"]  # the stage's own node has that one
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as this
         self.process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=subprocess.STDOUT)
 
@@ -778,6 +894,49 @@ def test_it_is_stopped_while_the_network_thinks(alone, word):
     code, said = node.end(word)
     assert code == 0 and "Traceback" not in said, said
     assert time.monotonic() - began < 10
+
+
+def change(stage, transition: int) -> None:
+    """Asks the node that is a process of its own for a transition, and does not wait for it."""
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState
+
+    client = stage.listener.create_client(ChangeState, "/alone/change_state")
+    try:
+        stage.until(client.service_is_ready)
+        client.call_async(ChangeState.Request(transition=Transition(id=transition)))
+        stage.spin(1.0)
+    finally:
+        stage.listener.destroy_client(client)
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["active", "deactivating"])
+def test_it_is_stopped_while_the_model_is_made_anew(alone, asked):
+    from lifecycle_msgs.msg import Transition
+
+    node = Process(alone, failures=1, loading=600.0)
+    node.drive_until_said(fake.LOADING)
+    if asked:
+        change(alone, Transition.TRANSITION_DEACTIVATE)
+        node.drive_until_said("the worker makes the model anew: it is stopped when that is done")
+    began = time.monotonic()
+    code, said = node.end(signal.SIGINT)
+    assert code == 0 and "Traceback" not in said and "cannot be stopped" not in said, said
+    assert time.monotonic() - began < 5
+
+
+def test_it_is_stopped_while_activation_loads(alone):
+    from lifecycle_msgs.msg import Transition
+
+    node = Process(alone, loading=600.0)
+    node.drive_until_answered()
+    change(alone, Transition.TRANSITION_DEACTIVATE)
+    change(alone, Transition.TRANSITION_ACTIVATE)
+    node.drive_until_said(fake.LOADING)
+    began = time.monotonic()
+    code, said = node.end(signal.SIGINT)
+    assert code == 0 and "Traceback" not in said, said
+    assert time.monotonic() - began < 5
 
 
 def test_a_worker_that_hangs_does_not_keep_the_process(alone):
