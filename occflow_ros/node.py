@@ -22,6 +22,7 @@ import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import State
+from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
@@ -92,6 +93,9 @@ class OccupancyNode(LifecycleNode):
         self.left: threading.Thread | None = None  # a worker that did not end: no exit would wait long enough for it
         # calibration, TF and the heartbeat go on while a transition takes its time
         self._known = MutuallyExclusiveCallbackGroup()
+        for service in self.services:
+            if service.srv_type is ChangeState:
+                service.callback = self._refusing(service.callback)
         self._reset()
 
     def _reset(self) -> None:
@@ -146,6 +150,20 @@ class OccupancyNode(LifecycleNode):
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         return self.on_cleanup(state)
+
+    def _refusing(self, change: Callable) -> Callable:
+        """rclpy's callback, but what cannot be had in a state is answered with no: rclpy ends the executor for it."""
+
+        def call(request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
+            try:
+                return change(request, response)
+            except RuntimeError:  # of rcl, before anything has begun
+                asked = request.transition.label or request.transition.id
+                self.get_logger().warning(f"transition {asked} cannot be had while the node is {self.state}")
+                response.success = False
+                return response
+
+        return call
 
     def _configure(self) -> None:
         self.settings = s = parameters.read(self, self._folders)

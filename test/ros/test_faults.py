@@ -283,6 +283,22 @@ def test_a_transition_that_is_asked_for_while_activation_waits_comes_after_it(st
         node.set_parameters([Parameter("fixed_frame", value="map")])
 
 
+def test_a_transition_that_cannot_be_had_is_refused_and_the_node_drives_on(stage):
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState
+
+    answers = []
+    client = stage.listener.create_client(ChangeState, "/occflow/change_state")
+    try:
+        assert client.wait_for_service(10.0)
+        request = ChangeState.Request(transition=Transition(id=Transition.TRANSITION_ACTIVATE))
+        client.call_async(request).add_done_callback(lambda future: answers.append(future.result().success))
+        stage.until(lambda: answers == [False] and stage.said("transition 3 cannot be had while the node is active"))
+    finally:
+        stage.listener.destroy_client(client)
+    assert stage.state == "active" and stage.answer().cameras_used == ALL
+
+
 def test_transforms_stop_and_come_back(stage):
     for _ in range(3):
         stage.answer()
