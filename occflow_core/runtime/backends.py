@@ -6,7 +6,7 @@ decoder (a window of instants -> output). Which instants a window has is decided
 one instant a clip, so many cameras.
 
 - eager: the system as it is.
-- compiled: torch.compile, in every process anew; with CUDA graphs on a GPU.
+- compiled: torch.compile, at every load anew; with CUDA graphs on a GPU.
 - aot: an AOTInductor package, built once and kept (`runtime.cache`); it runs without Python.
 - tensorrt: a TensorRT engine inside such a package, by torch_tensorrt; GPUs only.
 
