@@ -44,8 +44,13 @@ class Outcome:
 # ---- 1 a dead camera
 
 
-def dead_camera(domain: int = MAIN + 1, cameras: Sequence[str] = CAMERAS, dead: int = 36, back: int = 12) -> Outcome:
-    """One camera after the other is silent for `dead` sweeps; then it is back for `back`."""
+def dead_camera(
+    domain: int = MAIN + 1, cameras: Sequence[str] = CAMERAS, dead: int = 36, back: int = 12, spared: int = 0
+) -> Outcome:
+    """One camera after the other is silent for `dead` sweeps; then it is back for `back`.
+
+    `spared`: sweeps of each camera's that a busy machine may leave unanswered, answer without others, or answer late.
+    """
     figures = {}
     with Ride(domain, coarser=2) as ride:
         for camera in cameras:
@@ -62,14 +67,15 @@ def dead_camera(domain: int = MAIN + 1, cameras: Sequence[str] = CAMERAS, dead: 
             alone = seen_by_one_alone(camera, unpack(ride.answers[-1].message).grid)
             figures[camera] = {
                 "sets of sweeps": round(len(partial) / dead, 3),
-                "masks right": all(a.used == ALL & ~bit for a in partial),
+                "sets with it": sum(bool(a.used & bit) for a in partial),
+                "sets without another": sum(a.used | bit != ALL for a in partial),
                 "voxels that it alone sees": int(alone.sum()),
                 "of them observed before": round(_observed(before, alone, max), 3),
                 "of them observed without it": _observed(partial, alone, max),
                 "full again with set": min(full, default=None),
             }
     least = min(f["sets of sweeps"] for f in figures.values())
-    masks = all(f["masks right"] for f in figures.values())
+    masks = all(not f["sets with it"] and f["sets without another"] <= spared for f in figures.values())
     leaked = max(f["of them observed without it"] for f in figures.values())
     known = min(f["of them observed before"] for f in figures.values())
     again = max(f["full again with set"] or back for f in figures.values())
@@ -77,7 +83,8 @@ def dead_camera(domain: int = MAIN + 1, cameras: Sequence[str] = CAMERAS, dead: 
         f"{len(cameras)} cameras in turn: at least {least:.1%} of the rate; masks {'right' if masks else 'wrong'}; "
         f"{leaked:.1%} of its own view observed (before: {known:.0%}); full again with set {again}"
     )
-    return Outcome(ours, least >= 0.95 and masks and leaked == 0 and known > 0.5 and again <= 2, figures)
+    rate = least >= 0.95 - spared / dead
+    return Outcome(ours, rate and masks and leaked == 0 and known > 0.5 and again <= 2 + spared, figures)
 
 
 def _observed(answers: list[Answer], voxels: np.ndarray, of: Callable) -> float:
@@ -193,18 +200,19 @@ def frozen_camera(domain: int = MAIN + 4, night: int = 120) -> Outcome:
                 else:
                     ride.car.shoot(name, stamp)
 
-            # by its stamp alone no image of it enters a second set: when it is said is what counts
+            # by its stamp alone no image of it enters a second set: when the image left of which it is said counts
             begin, found = time.monotonic(), None
             for _ in range(24):
                 ride.drive(1, shoot=shoot)
                 if found is None and f"frozen: the {what}" in ride.log:
-                    found = time.monotonic() - begin
+                    found = ride.sent[ride.stamp] - begin
             last = max((a.arrived for a in ride.answers if a.used & bit), default=begin)
             figures[f"same {what}: masked after s"] = round(max(last - begin, found or 0.0), 2)
             figures[f"same {what}: said"] = found is not None
             figures[f"same {what}: last sets without it"] = all(not a.used & bit for a in ride.answers[-6:])
         ride.drive(12)
         ride.clear()
+        before = _frozen(ride)
         pictures = {name: [dark() for _ in range(night)] for name in CAMERAS}
         counted = Counter(dict.fromkeys(CAMERAS, 0))
 
@@ -217,13 +225,22 @@ def frozen_camera(domain: int = MAIN + 4, night: int = 120) -> Outcome:
         figures["night: sweeps"] = night
         figures["night: sets"] = len(ride.answers)
         figures["night: sets without a camera"] = sum(a.used != ALL for a in ride.answers)
+        figures["night: images called frozen"] = _frozen(ride) - before
     stamp, picture = figures["same stamp: masked after s"], figures["same picture: masked after s"]
-    alarms = figures["night: sets without a camera"]
+    alarms = figures["night: images called frozen"]  # a set may lack a camera for want of time alone
     right = all(figures[f"same {w}: {x}"] for w in ("stamp", "picture") for x in ("said", "last sets without it"))
     ours = (
         f"same stamp masked after {stamp} s, same bytes after {picture} s; {alarms} false alarms in {night} dark sets"
     )
     return Outcome(ours, right and max(stamp, picture) <= 1.0 and alarms == 0 and len(ride.answers) > 0, figures)
+
+
+def _frozen(ride: Ride) -> int:
+    """How many images the node has refused until now as those of a frozen camera."""
+    ride.diagnostics.clear()
+    ride.until(lambda: len(ride.diagnostics) >= 2)  # the first one may have been on its way
+    told = [item for name in CAMERAS for item in ride.status(name)[2].items()]
+    return sum(int(value) for key, value in told if key.startswith("dropped: frozen"))
 
 
 def _jpeg(picture: np.ndarray) -> bytes:
@@ -307,7 +324,7 @@ def _said(log: str, *words: str) -> bool:
 
 def overload(domain: int = MAIN + 7, seconds: float = 300.0, slower: float = 3.0, slack: float = 0.0) -> Outcome:
     """The network takes `slower` periods of the cameras. An output's age counts from when its newest image was sent to
-    when it was received here; `slack` s more than the bound may be allowed."""
+    when it was received here; `slack` s more than the bound, and of growth, may be allowed."""
     from occflow_ros import convert
 
     delay, took = slower * PERIOD, []  # took: s, each set from its first decoding until it is published
@@ -336,7 +353,7 @@ def overload(domain: int = MAIN + 7, seconds: float = 300.0, slower: float = 3.0
         f"{most * 1e3:.0f} ms (bound {bound * 1e3:.0f}); first quarter {first * 1e3:.0f}, last {last * 1e3:.0f} ms"
     )
     # ages spread over a period, as sweeps come anywhere within an inference; a queue that grows adds whole ones
-    return Outcome(ours, p99 <= bound and last <= first + PERIOD / 2, figures)
+    return Outcome(ours, p99 <= bound and last <= first + PERIOD / 2 + slack, figures)
 
 
 # ---- 8 throughput, and 11 with the shipped weights

@@ -187,7 +187,10 @@ class Ride:
         shoot: Callable[[str, int], None] | None = None,  # instead of the car's own way: camera, stamp
         move: bool = True,  # false: TF says nothing of where the car is
     ) -> list[int]:
-        """That many sweeps, in time; the newest stamp of each that had an image at all, ns."""
+        """That many sweeps, in time; the newest stamp of each that had an image at all, ns.
+
+        A computer that stalls makes them late, not hasty: sweeps that were missed and come at once are lost in queues.
+        """
         shoot, newest = shoot or self.car.shoot, []
         begin, first = time.monotonic(), self.stamp
         for sweep in range(sweeps):
@@ -195,6 +198,8 @@ class Ride:
             if self._sweeps % 12 == 0:
                 self.introduce()
             self._sweeps += 1
+            late = time.monotonic() - (begin + (self.stamp - first) / NANO / pace)
+            begin += max(0.0, late - PERIOD / pace / 2)
             stamps = []
             for name, late in sorted(self.stagger.items(), key=lambda item: item[1]):
                 stamp = self.stamp + round(late * NANO)

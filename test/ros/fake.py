@@ -6,12 +6,15 @@ first $FAKE_FAILURES; its voxels are $FAKE_COARSER times as long as usual. Each 
 seconds.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, product, repeat
@@ -313,11 +316,16 @@ class Stage:
 
         self.listener.create_subscription(VoxelFlow, "/occflow/occupancy", self.heard.messages.append, 100)
 
-    def deafen(self) -> None:
-        """The listener stops listening to the output."""
-        for subscription in [s for s in self.listener.subscriptions if s.topic_name == "/occflow/occupancy"]:
-            self.listener.destroy_subscription(subscription)
-        self.until(lambda: not self.node._out.get_subscription_count())
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Within it nobody listens to the output. After it somebody does, also where a test failed: others follow."""
+        try:
+            for subscription in [s for s in self.listener.subscriptions if s.topic_name == "/occflow/occupancy"]:
+                self.listener.destroy_subscription(subscription)
+            self.until(lambda: not self.node._out.get_subscription_count())
+            yield
+        finally:
+            self.listen()
 
     def connected(self) -> None:
         publishers = [*self.car.images.values(), *self.car.infos.values(), self.car.tf, self.car.tf_static]
@@ -346,13 +354,23 @@ class Stage:
         without: Collection[str] = (),
         instead: Callable[[int], None] | None = None,
     ) -> None:
-        """That many sweeps, `period` s apart by their stamps and `pace` s (by default as much) apart in time."""
+        """That many sweeps, `period` s apart by their stamps and `pace` s (by default as much) apart in time.
+
+        A computer that stalls makes them late, not hasty: sweeps that were missed and come at once are lost in queues.
+        """
         pace = period if pace is None else pace
         due = time.monotonic()
         for _ in range(sweeps):
             self._sweep(period, without, instead)
-            due += pace
+            due = max(due + pace, time.monotonic() + pace / 2)
             self.spin(max(0.0, due - time.monotonic()))
+
+    def drive_until(self, holds: Callable, seconds: float = 20.0, **how) -> None:
+        """Sweeps until something holds: what is well is so only while /clock runs."""
+        end = time.monotonic() + seconds
+        while not (value := holds()) and time.monotonic() < end:
+            self.drive(1, **how)
+        assert value, f"not within {seconds} s; {self.node.health and self.node.health.report(time.monotonic())}"
 
     def status(self, name: str = "occupancy"):
         """Of the newest report: level, message, values of one status."""
@@ -394,6 +412,8 @@ class Stage:
 def main() -> int:
     from occflow_ros import node
 
+    if sys.platform == "linux":  # a test run that is killed leaves no node behind, which would speak on its domain
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     grid = OCC3D_GRID.coarser(int(os.environ.get("FAKE_COARSER", "1")))
     network = Network(float(os.environ.get("FAKE_DELAY", "0")), grid)
     network.failures.extend(MemoryError("none left") for _ in range(int(os.environ.get("FAKE_FAILURES", "0"))))
