@@ -369,6 +369,13 @@ def test_sets_go_on_without_a_frozen_camera():
     assert all([c for c, p in enumerate(sets[k].pictures) if p is None] == [3] for k in missing)
 
 
+def until_waiting(box: Mailbox) -> None:
+    end = time.monotonic() + 10
+    while not box._waits and time.monotonic() < end:
+        time.sleep(0.001)
+    assert box._waits
+
+
 def test_in_the_mailbox_the_newest_letter_wins_and_closing_wakes_the_reader():
     box = Mailbox()
     assert box.put("first") is None
@@ -377,7 +384,7 @@ def test_in_the_mailbox_the_newest_letter_wins_and_closing_wakes_the_reader():
     got = []
     reader = threading.Thread(target=lambda: got.append(box.take()), daemon=True)
     reader.start()
-    time.sleep(0.02)
+    until_waiting(box)
     box.close()
     reader.join(timeout=2)
     assert got == [None]
@@ -388,7 +395,7 @@ def test_a_reader_who_waits_gets_both_of_two_letters_that_come_at_once():
     box, got = Mailbox(), []
     reader = threading.Thread(target=lambda: got.extend([box.take(), box.take()]), daemon=True)
     reader.start()
-    time.sleep(0.02)
+    until_waiting(box)
     with box._condition:  # the reader cannot come in between
         assert box.put("partial") is None
         assert box.put("complete") is None
@@ -396,7 +403,7 @@ def test_a_reader_who_waits_gets_both_of_two_letters_that_come_at_once():
     assert got == ["partial", "complete"]
     reader = threading.Thread(target=lambda: got.append(box.take()), daemon=True)
     reader.start()
-    time.sleep(0.02)
+    until_waiting(box)
     assert box.put(None) is None  # how a letter is taken back: nothing for the reader
     assert box.put("next") is None
     reader.join(timeout=2)

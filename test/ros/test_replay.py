@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("rclpy", reason="needs ROS 2: make setup")
+rclpy = pytest.importorskip("rclpy", reason="needs ROS 2: make setup")
 
 from occflow_core.data import bag as bags  # noqa: E402
 from occflow_core.data import pattern  # noqa: E402
@@ -42,15 +42,16 @@ def tick(m):
     clock.append([time.monotonic(), m.clock.sec * 10**9 + m.clock.nanosec])
 node.create_subscription(Clock, "/clock", tick, QoSProfile(depth=10))
 print("ready", flush=True)
-until, done, late = time.monotonic() + longest, None, False
-while time.monotonic() < until and (done is None or time.monotonic() < done + 0.7):
+until, heard, late = time.monotonic() + longest, [0, time.monotonic()], False
+# until all has come and nothing more does: /clock runs on
+while time.monotonic() < until and (len(got) < enough or time.monotonic() < heard[1] + 0.7):
     rclpy.spin_once(node, timeout_sec=0.05)
+    if len(got) + len(clock) > heard[0]:
+        heard = [len(got) + len(clock), time.monotonic()]
     if not late and len(got) > 20 and "/tf_static" in topics:  # a latched topic is heard by who comes late
         late = True
         node.create_subscription(TFMessage, "/tf_static", hear("/tf_static"),
                                  QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL), raw=True)
-    if done is None and len(got) >= enough:
-        done = time.monotonic()
 print(json.dumps({"got": got, "clock": clock}), flush=True)
 rclpy.shutdown()
 """
@@ -96,13 +97,13 @@ def listen_while(folder: Path, *options, laps: int = 1, skip=()) -> tuple[dict, 
     kinds = {"CompressedImage": "image", "CameraInfo": "info", "TFMessage": "tf"}
     topics = {t: kinds[k.split("/")[-1]] for t, k in bags.topics_of(folder).items() if t not in skip}
     enough = len(recorded(folder, skip)) + (laps - 1) * len(recorded(folder, (*skip, "/tf_static")))
-    listener = start("-c", LISTENER, json.dumps(topics), str(enough), "25")
+    listener = start("-c", LISTENER, json.dumps(topics), str(enough), "60")
     player = None
     try:
         assert listener.stdout.readline().strip() == "ready", listener.stderr.read()
         player = replay(folder, *options)
-        said, wrong = player.communicate(timeout=40)
-        heard, errors = listener.communicate(timeout=40)
+        said, wrong = player.communicate(timeout=90)
+        heard, errors = listener.communicate(timeout=90)
     finally:
         for process in (listener, player):
             if process is not None and process.poll() is None:
@@ -119,11 +120,12 @@ def test_everything_arrives_byte_for_byte_in_order_and_in_time(bag):
     for topic in {topic for topic, _, _ in mine}:
         want = [digest for t, _, digest in mine if t == topic]
         assert [digest for t, digest, _ in heard["got"] if t == topic] == want, topic
-    # pictures came at the recorded pace: their spacing is the stamps' within what a busy machine may add
+    # pictures came at the recorded pace: counted from one that was not late itself, the last took as long as recorded
     topic = "/cam_front/image_raw/compressed"
     stamps = [stamp for t, stamp, _ in mine if t == topic]
     times = [at for t, _, at in heard["got"] if t == topic]
-    assert times[-1] - times[0] > 0.8 * (stamps[-1] - stamps[0]) / 1e9  # not faster; slower is the machine's matter
+    paces = [(stamps[-1] - stamp) / 1e9 / (times[-1] - at) for stamp, at in zip(stamps[:-1], times[:-1])]
+    assert min(paces) < 1.25  # not faster; slower is the machine's matter
     assert f"{len(mine)} messages" in player.stdout and player.stderr == ""
 
 
@@ -182,12 +184,30 @@ def test_laps_repeat_the_bag_and_a_skipped_topic_stays_silent(bag):
 
 @pytest.mark.dds
 @pytest.mark.parametrize("with_what", [signal.SIGINT, signal.SIGTERM])
-def test_it_is_stopped_by_a_signal_without_a_fuss(bag, with_what):
+def test_it_is_stopped_by_a_signal_without_a_fuss(bag, with_what, monkeypatch):
+    from rosgraph_msgs.msg import Clock
+
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    context, clock = rclpy.Context(), []
+    rclpy.init(context=context, domain_id=int(DOMAIN))
+    executor = rclpy.executors.SingleThreadedExecutor(context=context)
+    node = rclpy.create_node("waits", context=context)
+    node.create_subscription(Clock, "/clock", clock.append, 10)
+    executor.add_node(node)
     player = replay(bag, "--loop", "0", "--wait", "0")
-    time.sleep(2.5)
-    assert player.poll() is None, player.stderr.read()
-    player.send_signal(with_what)
-    said, wrong = player.communicate(timeout=10)
+    try:
+        end = time.monotonic() + 60
+        while not clock and player.poll() is None and time.monotonic() < end:  # before it plays, a signal ends Python
+            executor.spin_once(timeout_sec=0.1)
+        assert player.poll() is None, player.stderr.read()
+        assert clock, "nothing on /clock"
+        player.send_signal(with_what)
+        said, wrong = player.communicate(timeout=30)
+    finally:
+        player.kill()
+        executor.shutdown()
+        node.destroy_node()
+        rclpy.try_shutdown(context=context)
     assert player.returncode == 0 and wrong == "" and "stopped" in said
 
 
@@ -218,6 +238,8 @@ def on_image(image):
     print(len(heard), flush=True)
 
 node.create_subscription(CompressedImage, "/cam_front/image_raw/compressed", on_image, 1)  # one at a time, or lost
+for topic in sys.argv[2:]:  # the replay begins when all are listened to
+    node.create_subscription(CompressedImage, topic, lambda image: None, 1)
 print("ready", flush=True)
 while len(heard) < int(sys.argv[1]):
     rclpy.spin_once(node, timeout_sec=0.1)
@@ -228,10 +250,12 @@ time.sleep(1.0)
 @pytest.mark.dds
 def test_it_waits_for_answers_and_gives_up_where_none_comes(bag):
     pytest.importorskip("occflow_msgs.msg")
-    answerer, player = start("-c", ANSWERER, str(FRAMES)), None
+    others = [t for t in bags.topics_of(bag) if t.endswith("/compressed") and "/cam_front/" not in t]
+    assert len(others) == 5
+    answerer, player = start("-c", ANSWERER, str(FRAMES), *others), None
     try:
         assert answerer.stdout.readline().strip() == "ready", answerer.stderr.read()
-        player = replay(bag, "--rate", "50", "--wait", "0.5", "--answers", "/answers", "--patience", "2")
+        player = replay(bag, "--rate", "50", "--wait", "20", "--answers", "/answers", "--patience", "5")
         _, wrong = player.communicate(timeout=60)
         heard, errors = answerer.communicate(timeout=20)
     finally:
@@ -239,7 +263,7 @@ def test_it_waits_for_answers_and_gives_up_where_none_comes(bag):
             if process is not None and process.poll() is None:
                 process.kill()
     assert player.returncode == 0 and heard.split()[-1] == str(FRAMES), (heard, wrong, errors)
-    assert wrong.count("no answer on /answers within 2 s") == 1  # the last
+    assert wrong.count("no answer on /answers within 5 s") == 1  # the last
 
 
 @pytest.mark.parametrize(

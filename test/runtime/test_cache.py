@@ -174,11 +174,28 @@ def test_a_process_killed_at_any_time_leaves_a_cache_that_works(folder, builder,
 
 
 def test_two_processes_do_not_build_at_once(folder, builder, caplog, tmp_path):
-    begun = tmp_path / "begun"
-    other = child(folder, building=f"Path({str(begun)!r}).touch(); import time; time.sleep(1.5)")
+    begun, go = tmp_path / "begun", tmp_path / "go"
+
+    class Goes(logging.Handler):
+        """Lets the child end what it builds once this process says that it waits."""
+
+        def emit(self, record):
+            if "waiting for another process" in record.getMessage():
+                go.touch()
+
+    # at most 60 s: where nobody says so, the test is to fail and not to wait for ever
+    waits = f"import time; [time.sleep(0.02) for _ in range(3000) if not Path({str(go)!r}).exists()]"
+    other = child(folder, building=f"Path({str(begun)!r}).touch(); {waits}")
     while not begun.exists():
+        assert other.poll() is None
         time.sleep(0.02)
-    assert builder(folder) == "the child's" and builder.builds == 0
+    goes = Goes()
+    logging.getLogger("occflow").addHandler(goes)
+    try:
+        assert builder(folder) == "the child's" and builder.builds == 0
+    finally:
+        logging.getLogger("occflow").removeHandler(goes)
+        go.touch()
     assert other.wait(60) == 0 and "waiting for another process" in caplog.text
 
 
