@@ -309,6 +309,8 @@ class Stage:
             assert result.successful, result.reason
         for heard in (self.heard.messages, self.heard.diagnostics, self.heard.lines):
             heard.clear()
+        self._deafen()  # what is still on its way is an answer of before
+        self.listen()
         return self.start()
 
     def listen(self) -> None:
@@ -316,12 +318,15 @@ class Stage:
 
         self.listener.create_subscription(VoxelFlow, "/occflow/occupancy", self.heard.messages.append, 100)
 
+    def _deafen(self) -> None:
+        for subscription in [s for s in self.listener.subscriptions if s.topic_name == "/occflow/occupancy"]:
+            self.listener.destroy_subscription(subscription)
+
     @contextmanager
     def deaf(self) -> Iterator[None]:
         """Within it nobody listens to the output. After it somebody does, also where a test failed: others follow."""
         try:
-            for subscription in [s for s in self.listener.subscriptions if s.topic_name == "/occflow/occupancy"]:
-                self.listener.destroy_subscription(subscription)
+            self._deafen()
             self.until(lambda: not self.node._out.get_subscription_count())
             yield
         finally:
