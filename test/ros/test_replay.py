@@ -185,12 +185,13 @@ def test_laps_repeat_the_bag_and_a_skipped_topic_stays_silent(bag):
 @pytest.mark.dds
 @pytest.mark.parametrize("with_what", [signal.SIGINT, signal.SIGTERM])
 def test_it_is_stopped_by_a_signal_without_a_fuss(bag, with_what, monkeypatch):
+    from rclpy.executors import SingleThreadedExecutor
     from rosgraph_msgs.msg import Clock
 
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     context, clock = rclpy.Context(), []
     rclpy.init(context=context, domain_id=int(DOMAIN))
-    executor = rclpy.executors.SingleThreadedExecutor(context=context)
+    executor = SingleThreadedExecutor(context=context)
     node = rclpy.create_node("waits", context=context)
     node.create_subscription(Clock, "/clock", clock.append, 10)
     executor.add_node(node)
