@@ -145,19 +145,21 @@ def targets(truth: Occupancy, config: Any) -> list[Target]:
 
 
 def losses(output: Output, targets: Sequence[Target], published: bool) -> dict[str, Tensor]:
-    """Scalars to be added up: of each layer where its points are, what they are called and how fast they are.
+    """Scalars to be added up: of each layer where its points are, and of those that are named what they are called and
+    how fast they are.
 
-    Card of the authors' losses: `opus_head.loss_single` (arXiv 2409.09350, section 3.4). The output is one that learns.
+    Card of the authors' losses: `opus_head.loss_single` (arXiv 2409.09350, section 3.4).
     """
     terms, met = {}, []
     for k, points in enumerate(output.points):
         terms[f"points {k}"], voxel = points_loss(points.flatten(1, 2), targets, published)
         met.append(voxel)
-    for k in range(len(output.points) - len(output.logits), len(output.points)):  # those that are named
-        points, logits = output.points[k].flatten(1, 2).detach(), output.logits[k - len(output.points)].flatten(1, 2)
-        terms[f"names {k}"] = names_loss(logits, points, targets, met[k], published)
+    first = len(output.points) - len(output.logits)  # of the layers that are named
+    for k, logits in enumerate(output.logits, start=first):
+        points = output.points[k].flatten(1, 2).detach()
+        terms[f"names {k}"] = names_loss(logits.flatten(1, 2), points, targets, met[k], published)
         if output.flow is not None:
-            terms[f"flow {k}"] = flow_loss(output.flow[k - len(output.points)].flatten(1, 2), targets, met[k])
+            terms[f"flow {k}"] = flow_loss(output.flow[k - first].flatten(1, 2), targets, met[k])
     return terms
 
 

@@ -141,6 +141,8 @@ def _tried(parts: "Parts", folder: Path, backend: str) -> tuple["Engine", Differ
     except (Unfit, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as problem:  # whatever machine code may throw
+        if "out of memory" in str(problem).lower():  # a package's own has no kind, and another build would not help
+            raise
         raise Unfit(f"it cannot be run ({(str(problem).strip() or repr(problem)).splitlines()[0]})") from problem
 
 

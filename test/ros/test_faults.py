@@ -936,7 +936,7 @@ def test_it_is_stopped_while_the_model_is_made_anew(alone, asked):
     began = time.monotonic()
     code, said = node.end(signal.SIGINT)
     assert code == 0 and "Traceback" not in said and "cannot be stopped" not in said, said
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
 
 
 def test_it_is_stopped_while_activation_loads(alone):
@@ -950,7 +950,7 @@ def test_it_is_stopped_while_activation_loads(alone):
     began = time.monotonic()
     code, said = node.end(signal.SIGINT)
     assert code == 0 and "Traceback" not in said, said
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
 
 
 def test_a_worker_that_hangs_does_not_keep_the_process(alone):
